@@ -1,0 +1,1 @@
+"""What to run: the schema with every default, and how a file becomes a configuration."""

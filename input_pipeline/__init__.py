@@ -1,0 +1,1 @@
+"""From a file to a batch: sources, formats, chat templates, loss masks, packing, collation."""

@@ -1,0 +1,1 @@
+"""Where to run: the command line, the distributed start, and the scripts."""

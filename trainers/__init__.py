@@ -1,0 +1,1 @@
+"""How to learn: losses, the step, the loop, optimizers, checkpoints, metrics, methods."""
