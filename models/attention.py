@@ -1,0 +1,82 @@
+"""Attention: one signature, an ordered list of backends, each of which says why it cannot run.
+
+B rows, L queries, S keys, N query heads, K key heads, G = N / K query heads for each key head, H head width.
+A query sees a key of the same segment at the same or an earlier position. Every packed document is its own segment, so documents in a row
+do not see one another; positions restart in each.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+log = logging.getLogger(__name__)
+
+MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numbers and not NaN
+
+
+class Where(NamedTuple):
+    """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S]."""
+
+    q_positions_BL: jax.Array
+    k_positions_BS: jax.Array
+    q_segments_BL: jax.Array
+    k_segments_BS: jax.Array
+
+    def visible_BLS(self) -> jax.Array:
+        """True where a query may look at a key."""
+        same = self.q_segments_BL[:, :, None] == self.k_segments_BS[:, None, :]
+        return same & (self.q_positions_BL[:, :, None] >= self.k_positions_BS[:, None, :])
+
+
+class Backend(NamedTuple):
+    """One way to compute attention; `refuses(platform)` is the reason it cannot run there, or None."""
+
+    refuses: Callable[[str], str | None]
+    attend: Callable[..., jax.Array]
+
+
+def attend(
+    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float, backend: str = "auto"
+) -> jax.Array:
+    """Softmax attention [B, L, N, H] of each query over the keys that `where` lets it see; scores and softmax in float32.
+
+    `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run is a ValueError.
+    """
+    return BACKENDS[pick(backend, jax.default_backend())].attend(q_BLNH, k_BSKH, v_BSKH, where=where, scale=scale)
+
+
+@functools.cache
+def pick(name: str, platform: str) -> str:
+    """The backend to use; the choice of "auto" is logged once, with the reasons against those before it."""
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"attention backend {name!r} is not one of auto, {', '.join(BACKENDS)} (model.attn_implementation)")
+        if reason := BACKENDS[name].refuses(platform):
+            raise ValueError(f"attention backend {name!r} cannot run on {platform}: {reason} (model.attn_implementation)")
+        return name
+    refused = {}
+    for candidate, backend in BACKENDS.items():
+        if (reason := backend.refuses(platform)) is None:
+            log.info("attention: %s on %s%s", candidate, platform, f" (not {refused})" if refused else "")
+            return candidate
+        refused[candidate] = reason
+    raise ValueError(f"no attention backend runs on {platform}: {refused}")
+
+
+def _xla(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float) -> jax.Array:
+    """Plain XLA. The query heads that share a key head are folded into one long matrix, which makes few large products of many small."""
+    B, L, N, H = q_BLNH.shape
+    K = k_BSKH.shape[2]
+    q_BKGLH = q_BLNH.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    scores_BKGLS = jnp.einsum("bkglh,bskh->bkgls", q_BKGLH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    visible = where.visible_BLS()[:, None, None, :, :]
+    weights_BKGLS = jax.nn.softmax(jnp.where(visible, scores_BKGLS, MASKED), axis=-1).astype(v_BSKH.dtype)
+    out_BKGLH = jnp.einsum("bkgls,bskh->bkglh", weights_BKGLS, v_BSKH)
+    return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+
+
+BACKENDS: dict[str, Backend] = {"xla": Backend(refuses=lambda platform: None, attend=_xla)}

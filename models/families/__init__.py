@@ -1,0 +1,75 @@
+"""Model families: how a Hugging Face `config.json` becomes a `DecoderConfig`, and where each parameter lies in its files.
+
+A family is one module with `config(fields) -> DecoderConfig`, `WEIGHTS` (path in our tree → Hugging Face tensor name, `{i}` for the
+layer) and `IGNORED` (patterns of tensors that carry nothing). It is found by `model_type`; adding one is a file here and a line below.
+"""
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+FAMILIES = {
+    "llama": "models.families.llama",
+}
+
+# Fields that every Hugging Face configuration may carry and that do not change what a forward pass computes.
+HARMLESS = frozenset(
+    """
+    model_type architectures transformers_version torch_dtype dtype _name_or_path _attn_implementation_autoset auto_map use_cache
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_position_embeddings initializer_range
+    return_dict output_hidden_states output_attentions chunk_size_feed_forward id2label label2id problem_type finetuning_task
+    task_specific_params unsloth_version unsloth_fixed transformers.js_config is_llama_config
+    """.split()
+)
+
+
+class Fields:
+    """The fields of one `config.json`, remembering which were read, so that an unread one is an error and not a silent difference."""
+
+    def __init__(self, hf_config: Mapping[str, Any]):
+        self._values = dict(hf_config)
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field that the family cannot do without."""
+        if self._values.get(name) is None:
+            raise ValueError(f"config.json of model_type {self._values.get('model_type')!r} lacks the field {name!r}")
+        self._read.add(name)
+        return self._values[name]
+
+    def get(self, name: str, default: Any) -> Any:
+        """The value of a field, or what transformers takes when it is absent or null."""
+        self._read.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Accept a field only where its value asks for nothing that this port does not compute."""
+        if (value := self.get(name, allowed[0])) not in allowed:
+            raise ValueError(f"not implemented yet: {name}: {value!r} in config.json (this port computes {allowed[0]!r} only)")
+
+    def finish(self) -> None:
+        """Raise if a field was neither read nor known to be harmless: it might change the model's numbers."""
+        if unread := sorted(set(self._values) - self._read - HARMLESS):
+            kind = self._values.get("model_type")
+            raise ValueError(
+                f"config.json has fields that the {kind!r} port does not know: {', '.join(unread)}. They could change what the model "
+                f"computes; if they do not, list them in models/families/__init__.py:HARMLESS"
+            )
+
+
+def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
+    """The family module of a Hugging Face configuration, by its `model_type`."""
+    kind = hf_config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"not implemented yet: model_type {kind!r} in config.json; implemented: {', '.join(sorted(FAMILIES))}")
+    return importlib.import_module(FAMILIES[kind])
+
+
+def decoder_config(hf_config: Mapping[str, Any]) -> Any:
+    """The `DecoderConfig` of a Hugging Face configuration; ValueError names any field this port would not honour."""
+    fields = Fields(hf_config)
+    config = family_for(hf_config).config(fields)
+    fields.finish()
+    return config

@@ -1,0 +1,80 @@
+"""The device mesh, where each parameter lies on it, and the constraints on activations.
+
+Axes: `data` (whole copies of the model), `fsdp` (parameters split, gathered when used), `tensor` (matrices split by head and by hidden
+unit), `context` (the sequence split). Rows of a batch are split over `data` and `fsdp`. The same code runs on one device, on eight fake
+ones and on a pod; an axis that does not divide a dimension is left out for it.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor", "context")
+ROWS = ("data", "fsdp")
+
+# Path in the parameter tree → what each dimension is split over. The first match holds; layers carry a leading, unsplit axis.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("tensor", "fsdp")),
+    (r"head/kernel", ("fsdp", "tensor")),
+    (r"layers/.*/(q|k|v|gate|up)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/.*/(q|k|v|gate|up)/bias", (None, "tensor")),
+    (r"layers/.*/(o|down)/kernel", (None, "tensor", "fsdp")),
+    (r".*", ()),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; one size may be -1 for the rest. ValueError if the sizes do not multiply to the devices there are."""
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    asked = dict(zip(AXES, shape, strict=True))
+    fixed = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) > 1 or min(size for size in (*shape, 1) if size != -1) < 1:
+        raise ValueError(f"mesh: {asked}: sizes are positive, and one of them at most is -1 for the rest")
+    if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
+        raise ValueError(f"mesh: {asked} takes a multiple of {fixed} devices, and there are {len(devices)}; change mesh.*")
+    shape = [len(devices) // fixed if size == -1 else size for size in shape]
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def paths(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of dicts by their path, `layers/mlp/up/kernel`."""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a parameter tree (arrays or ShapeDtypeStructs), by RULES."""
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        name = "/".join(key.key for key in path)
+        axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, name))
+        return NamedSharding(mesh, P(*_dividing(axes, leaf.shape, mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch [A, B, L]: rows over `data` and `fsdp`, tokens over `context`."""
+    return NamedSharding(mesh, P(None, ROWS, "context"))
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Ask XLA to keep `x` split over these mesh axes, one entry for each dimension; nothing outside of `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*_dividing(axes, x.shape, mesh.shape)))
+
+
+def _dividing(axes: Sequence[Any], shape: Sequence[int], sizes: Mapping[str, int]) -> list[Any]:
+    """The axes, without those whose number of devices does not divide the dimension."""
+    kept: list[Any] = []
+    for axis, length in zip(axes, shape, strict=False):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        kept.append(axis if names and length % math.prod(sizes[name] for name in names) == 0 else None)
+    return kept
