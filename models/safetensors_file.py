@@ -1,0 +1,143 @@
+"""The safetensors container: eight bytes of header length, a JSON header, then the tensors' bytes one after another.
+
+Written as a stream (one tensor in memory at a time) and read by byte ranges (only what a shard needs); the safetensors
+package's numpy functions want a whole file's tensors at once for writing, and keep what they mapped for reading.
+The format: https://huggingface.co/docs/safetensors
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit, so that a broken file cannot ask for all memory
+
+
+def read_header(file: Path) -> dict[str, "Stored"]:
+    """Lists the tensors of one file: name → where its bytes lie.
+
+    Raises ValueError, naming the file, when it is cut short, is no safetensors file, or holds numbers we do not read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LARGEST_HEADER + 1
+        if length > min(LARGEST_HEADER, size - 8):
+            raise ValueError(f"{file}: not a safetensors file, or cut short ({size} bytes); download it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file}: its safetensors header is not JSON ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=0)
+    if end > size:
+        raise ValueError(f"{file}: cut short: its header speaks of {end} bytes, the file has {size}; download it again")
+    return tensors
+
+
+def read_rows(tensor: "Stored", index: tuple[slice, ...]) -> np.ndarray:
+    """Copies `tensor[index]` (slices of step one) out of its file, mapping no more of the file than the touched rows.
+
+    The map is dropped before returning, so that no page of a large file stays counted as this process's memory.
+    """
+    if not tensor.shape:
+        return np.fromfile(tensor.file, tensor.dtype, count=1, offset=tensor.start).reshape(())
+    start, stop, _ = index[0].indices(tensor.shape[0])
+    if stop <= start or not math.prod(tensor.shape):
+        return np.empty(tensor.shape, tensor.dtype)[index]
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    rows = np.memmap(
+        tensor.file, tensor.dtype, "r", tensor.start + start * row_bytes, shape=(stop - start, *tensor.shape[1:])
+    )
+    return np.array(rows[(slice(None), *index[1:])], subok=False)
+
+
+def write_tensors(
+    file: Path,
+    specs: Mapping[str, "Spec"],
+    blocks: Callable[[str], Iterable[np.ndarray]],
+    *,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes the tensors of `specs` in their order, asking for each one's values only when its turn comes.
+
+    `blocks(name)` gives the tensor as arrays of consecutive rows (or whole, as a single one), already of the stated
+    dtype. The bytes are on disk when this returns.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": _code(spec.dtype),
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins on an eight-byte boundary, as readers that map the file like it
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, spec in specs.items():
+            written = 0
+            for block in blocks(name):
+                assert block.dtype == spec.dtype, f"{name}: {block.dtype} given for {spec.dtype}"
+                written += stream.write(np.ascontiguousarray(block).view(np.uint8).data)
+            assert written == spec.nbytes, f"{name}: {written} bytes given for {spec.nbytes}"
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _stored(file: Path, name: str, entry: dict[str, Any], data: int) -> "Stored":
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{file}: tensor {name} is stored as {entry['dtype']}; allowed: {', '.join(DTYPES)} "
+            "(quantised checkpoints must be dequantised first)"
+        )
+    begin, end = entry["data_offsets"]
+    tensor = Stored(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], data + begin)
+    if tensor.nbytes != end - begin:
+        raise ValueError(
+            f"{file}: tensor {name} has {end - begin} bytes, its shape {tensor.shape} needs {tensor.nbytes}"
+        )
+    return tensor
+
+
+def _code(dtype: np.dtype[Any]) -> str:
+    return next(code for code, known in DTYPES.items() if known == dtype)
+
+
+class Spec(NamedTuple):
+    """A tensor yet to be written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor lying in a file: `start` is the offset of its first byte from the file's beginning."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
