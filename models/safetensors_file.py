@@ -48,21 +48,17 @@ def read_header(file: Path) -> dict[str, "Stored"]:
     return tensors
 
 
-def read_rows(tensor: "Stored", index: tuple[slice, ...]) -> np.ndarray:
-    """Copies `tensor[index]` (slices of step one) out of its file, mapping no more of the file than the touched rows.
+def copy_rows(tensor: "Stored", index: tuple[slice, ...], target: np.ndarray) -> None:
+    """Copies `tensor[index]` (slices of step one) into `target`, casting; no more of the file is mapped than these rows.
 
-    The map is dropped before returning, so that no page of a large file stays counted as this process's memory.
+    The map is dropped before returning: no page of a large file stays counted as this process's memory.
     """
-    if not tensor.shape:
-        return np.fromfile(tensor.file, tensor.dtype, count=1, offset=tensor.start).reshape(())
     start, stop, _ = index[0].indices(tensor.shape[0])
-    if stop <= start or not math.prod(tensor.shape):
-        return np.empty(tensor.shape, tensor.dtype)[index]
-    row_bytes = tensor.nbytes // tensor.shape[0]
-    rows = np.memmap(
-        tensor.file, tensor.dtype, "r", tensor.start + start * row_bytes, shape=(stop - start, *tensor.shape[1:])
-    )
-    return np.array(rows[(slice(None), *index[1:])], subok=False)
+    offset = tensor.start + start * (tensor.nbytes // tensor.shape[0])
+    rows = np.memmap(tensor.file, tensor.dtype, "r", offset, shape=(stop - start, *tensor.shape[1:]))
+    wanted = rows[(slice(None), *index[1:])]
+    for strip in range(0, stop - start, 64):  # strips of rows keep a transposed target within the processor's cache
+        target[strip : strip + 64] = wanted[strip : strip + 64]
 
 
 def write_tensors(

@@ -1,0 +1,236 @@
+"""Parameters in and out of Hugging Face folders, piece by piece.
+
+A family's table says where each leaf of our tree lies, say `layers/mlp/up/kernel` in the tensors
+`model.layers.{i}.mlp.up_proj.weight` of all layers i. Reading takes from the files only the bytes of this process's
+shards; writing takes from the devices one block of rows at a time. Neither ever holds more of the model in host
+memory than one shard of one leaf.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.decoder import DecoderConfig, Params, abstract_params
+from models.families import family_for
+from models.hub import INDEX, SINGLE, weight_files
+from models.safetensors_file import Spec, Stored, copy_rows, read_header, write_tensors
+from models.sharding import paths
+from models.shards import BLOCK_BYTES, Place, read_leaf, read_rows
+
+HEAD, EMBEDDING = "head/kernel", "embed/embedding"
+READERS = min(8, os.cpu_count() or 1)  # threads that copy layers of one leaf at the same time
+
+
+def load_params(folder: Path, config: DecoderConfig, *, shardings: Any, dtype: Any) -> Params:
+    """Reads a model folder's weights into sharded arrays: the tree of `abstract_params(config, dtype=dtype)`.
+
+    `shardings` is a tree like it, or one sharding for all leaves. Host memory beyond the arrays themselves stays
+    below one shard of one leaf. Raises ValueError naming each tensor that is missing, misshapen, unclaimed or unlike
+    its tied twin.
+    """
+    family = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    leaves = paths(abstract_params(config, dtype=dtype))
+    places = {path: _place(path, leaf.shape, family.WEIGHTS) for path, leaf in leaves.items()}
+    stored = stored_tensors(folder)
+    _check(folder, stored, places, family.WEIGHTS, ignored=family.IGNORED, tied=config.tied_head)
+    alike = isinstance(shardings, jax.sharding.Sharding)
+    sharding_of = dict.fromkeys(leaves, shardings) if alike else paths(shardings)
+    loaded = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for path, leaf in leaves.items():
+            tensors = [stored[name] for name in places[path].names]
+            loaded[path] = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool)
+    return nested(loaded)
+
+
+def save_folder(
+    folder: Path,
+    params: Params,
+    config: DecoderConfig,
+    *,
+    hf_config: Mapping[str, Any],
+    dtype: Any,
+    tokenizer: Any = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a folder that transformers and vLLM load: config, weights as `dtype` in safetensors, tokenizer.
+
+    `hf_config` is the original `config.json`; only its dtype changes. Every process calls this and the first one
+    writes. The folder (or, where it exists, its config.json) appears once all of it is on disk; its other files are
+    left alone.
+    """
+    dtype = jnp.dtype(dtype)
+    leaves, expected = paths(params), paths(abstract_params(config, dtype=dtype))
+    assert {p: x.shape for p, x in leaves.items()} == {p: x.shape for p, x in expected.items()}, (
+        "not config's parameters"
+    )
+    table = family_for(hf_config).WEIGHTS
+    places = {path: _place(path, leaf.shape, table) for path, leaf in leaves.items()}
+    origin = {name: (path, layer) for path, place in places.items() for layer, name in enumerate(place.names)}
+    specs = {name: Spec(places[origin[name][0]].hf_shape, dtype) for name in sorted(origin, key=_by_layer)}
+
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        path, layer = origin[name]
+        return read_rows(leaves[path], layer, places[path], dtype=dtype)
+
+    if jax.process_index() == 0:
+        part = _empty(folder.parent / f".{folder.name}.part")
+        _write_weights(part, specs, blocks, max_shard_bytes=max_shard_bytes)
+        _write_json(part / "config.json", _with_dtype(hf_config, dtype.name))
+        if generation_config is not None:
+            _write_json(part / "generation_config.json", generation_config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        _publish(part, folder)
+    else:  # fetching a block that is spread over processes is collective: all take part, in the same order
+        for name in specs:
+            for _ in blocks(name):
+                pass
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(f"saved {folder.name}")
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model folder by name, from its single file or from all shards of its index."""
+    stored = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
+    if not (folder / SINGLE).is_file():
+        indexed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if missing := [f"{name} of {file}" for name, file in indexed.items() if name not in stored]:
+            raise ValueError(f"{folder}: {INDEX} lists {_some(missing)}, which is not there; download it again")
+    return stored
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dicts with these leaves by path: the inverse of `models.sharding.paths`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *rooms, last = path.split("/")
+        room = tree
+        for name in rooms:
+            room = room.setdefault(name, {})
+        room[last] = leaf
+    return tree
+
+
+def _place(path: str, shape: tuple[int, ...], table: Mapping[str, str]) -> Place:
+    if path not in table:
+        raise ValueError(f"the family's WEIGHTS has no entry for the parameter {path}")
+    stacked, transposed = "{i}" in table[path], path.endswith("/kernel")
+    one = shape[1:] if stacked else shape
+    names = tuple(table[path].replace("{i}", str(i)) for i in range(shape[0] if stacked else 1))
+    return Place(names, stacked, transposed, one[::-1] if transposed else one)
+
+
+def _check(
+    folder: Path,
+    stored: Mapping[str, Stored],
+    places: Mapping[str, Place],
+    table: Mapping[str, str],
+    *,
+    ignored: Iterable[str],
+    tied: bool,
+) -> None:
+    """Holds files and tree against each other: each leaf filled, each tensor claimed, shapes equal, a tied head tied."""
+    wanted = {name: place.hf_shape for place in places.values() for name in place.names}
+    if missing := [name for name in wanted if name not in stored]:
+        raise ValueError(f"{folder}: the weights lack {_some(missing)}")
+    if misshapen := [
+        f"{name} is {list(stored[name].shape)} where config.json asks for {list(shape)}"
+        for name, shape in wanted.items()
+        if stored[name].shape != shape
+    ]:
+        raise ValueError(f"{folder}: {_some(misshapen)}")
+    head, embedding = table[HEAD], table[EMBEDDING]
+    if tied and head in stored and not _same(stored[head], stored[embedding]):
+        raise ValueError(
+            f"{folder}: {head} differs from {embedding} though config.json ties them; "
+            "set tie_word_embeddings to false there to keep both, or remove the tensor"
+        )
+    accepted = re.compile("|".join([*ignored, *([re.escape(head)] if tied else [])]) or r"(?!)")
+    if unclaimed := [name for name in stored if name not in wanted and not accepted.fullmatch(name)]:
+        raise ValueError(f"{folder}: no parameter claims {_some(unclaimed)}; without it the model would be another one")
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two stored matrices hold the same values, compared a strip of rows at a time."""
+    if one.shape != other.shape:
+        return False
+    rows, width = one.shape
+    step = max(1, BLOCK_BYTES // (4 * width))
+    for start in range(0, rows, step):
+        a, b = np.empty((2, min(step, rows - start), width), np.float32)
+        copy_rows(one, (slice(start, start + step), slice(None)), a)
+        copy_rows(other, (slice(start, start + step), slice(None)), b)
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
+def _write_weights(folder: Path, specs: Mapping[str, Spec], blocks: Any, *, max_shard_bytes: int) -> None:
+    """Writes the tensors in order; where they pass `max_shard_bytes` in all, as several files and an index."""
+    groups: list[dict[str, Spec]] = [{}]
+    for name, spec in specs.items():
+        if groups[-1] and sum(other.nbytes for other in groups[-1].values()) + spec.nbytes > max_shard_bytes:
+            groups.append({})
+        groups[-1][name] = spec
+    files = [f"model-{k:05}-of-{len(groups):05}.safetensors" for k in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        files = [SINGLE]
+    else:
+        total = sum(spec.nbytes for spec in specs.values())
+        where = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    for file, group in zip(files, groups, strict=True):
+        write_tensors(folder / file, group, blocks, metadata={"format": "pt"})
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """Puts a finished folder in its place: by one rename, or, where the place is taken, file by file.
+
+    config.json goes first and comes back last, so that nobody can load a mixture of old and new.
+    """
+    if not folder.exists():
+        part.rename(folder)
+        return
+    (folder / "config.json").unlink(missing_ok=True)
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        old.unlink(missing_ok=True)
+    for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    part.rmdir()
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _with_dtype(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]
+    return {**hf_config, **dict.fromkeys(keys, dtype)}
+
+
+def _by_layer(name: str) -> list[tuple[int, str]]:
+    """Sorts model.layers.2 before model.layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
