@@ -49,7 +49,7 @@ def read_header(file: Path) -> dict[str, "Stored"]:
 
 
 def copy_rows(tensor: "Stored", index: tuple[slice, ...], target: np.ndarray) -> None:
-    """Copies `tensor[index]` (slices of step one) into `target`, casting; no more of the file is mapped than these rows.
+    """Copies `tensor[index]` (slices of step one) into `target`, casting; only these rows of the file are mapped.
 
     The map is dropped before returning: no page of a large file stays counted as this process's memory.
     """

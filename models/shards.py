@@ -73,9 +73,8 @@ def _read_shard(
         layers = [host]
     index = tuple(slice(*one) for one in (ranges[::-1] if place.transposed else ranges))
     targets = [layer.T if place.transposed else layer for layer in layers]
-    list(
-        pool.map(lambda tensor, target: copy_rows(tensor, index, target), tensors, targets)
-    )  # list: raise what they raised
+    for _ in pool.map(lambda tensor, target: copy_rows(tensor, index, target), tensors, targets):
+        pass  # taking the results raises what a reader raised
     return host
 
 

@@ -142,7 +142,7 @@ def _check(
     ignored: Iterable[str],
     tied: bool,
 ) -> None:
-    """Holds files and tree against each other: each leaf filled, each tensor claimed, shapes equal, a tied head tied."""
+    """Holds files against tree: each leaf filled, each tensor claimed, shapes equal, a tied head tied."""
     wanted = {name: place.hf_shape for place in places.values() for name in place.names}
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{folder}: the weights lack {_some(missing)}")
