@@ -1,0 +1,525 @@
+"""Checkpoints: bit-exact there and back, whole or refused, whatever is done to the process or to the files."""
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from trainers.checkpoint import Checkpoints, fingerprint, read_meta, restore_folder
+from trainers.manifest import find_damage, write_manifest
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    mu: dict
+
+
+def mesh_of(devices: int, *, tensor: int = 1) -> jax.sharding.Mesh:
+    axes = (AxisType.Auto, AxisType.Auto)
+    shape = (devices // tensor, tensor)
+    return jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=axes, devices=jax.devices()[:devices])
+
+
+def shardings(mesh: jax.sharding.Mesh, state: dict) -> dict:
+    """Matrices are split over both axes, all else is on every device."""
+    both, nowhere = PartitionSpec("fsdp", "tensor"), PartitionSpec()
+    return jax.tree.map(lambda x: NamedSharding(mesh, both if x.ndim == 2 else nowhere), state)
+
+
+def make_state(mesh: jax.sharding.Mesh, *, seed: int = 0) -> dict:
+    """A train state in small: nested dicts and a NamedTuple; float32, bfloat16, int32 and a typed PRNG key."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    state = {
+        "params": {
+            "embed": {"embedding": jax.random.normal(keys[0], (16, 8))},
+            "norm": {"scale": jax.random.normal(keys[1], (8,)).astype(jnp.bfloat16)},
+        },
+        "opt_state": (Moments(jnp.int32(seed), {"embed": jax.random.normal(keys[2], (16, 8))}), ()),
+        "step": jnp.int32(seed + 7),
+        "rng": jax.random.key(seed + 1),
+    }
+    return jax.tree.map(jax.device_put, state, shardings(mesh, state))
+
+
+def abstract(mesh: jax.sharding.Mesh, state: dict) -> dict:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(mesh, state)
+    )
+
+
+def assert_same_bits(actual: dict, expected: dict) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save_steps(folder: Path, *steps: int, keep: int | None = None) -> dict[int, dict]:
+    states = {step: make_state(mesh_of(4, tensor=2), seed=step) for step in steps}
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        checkpoints.restore(max(checkpoints.steps()), states[steps[0]]) if checkpoints.steps() else None
+        for step, state in states.items():
+            checkpoints.save(step, state, data_state={"next_index": step}, meta={"tokens_seen": 100 * step})
+    return states
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path):
+    mesh = mesh_of(4, tensor=2)
+    state = make_state(mesh)
+    meta = {"config": "model:\n  model_name: x\n", "mesh": {"fsdp": 2, "tensor": 2}, "tokens_seen": 2**40}
+    data_state = {"next_index": 640, "packer": b"\x00\xff", "rest": [1, None, 2.5, "ü"]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(40, state, data_state=data_state, meta=meta, files={"trainer_state.json": "{}"})
+        assert checkpoints.wait() == 40
+        step, restored, restored_data, restored_meta = checkpoints.restore(40, abstract(mesh, state))
+    assert step == 40
+    assert_same_bits(restored, state)
+    assert restored["params"]["embed"]["embedding"].sharding == state["params"]["embed"]["embedding"].sharding
+    assert restored_data == data_state
+    about = restored_meta.pop("checkpoint")
+    assert restored_meta == meta
+    assert about["tree"] == {
+        "opt_state/0/count": "int32[]",
+        "opt_state/0/mu/embed": "float32[16, 8]",
+        "params/embed/embedding": "float32[16, 8]",
+        "params/norm/scale": "bfloat16[8]",
+        "rng": "key<fry>[]",
+        "step": "int32[]",
+    }
+    assert about["versions"]["jax"] == jax.__version__
+    assert (about["step"], about["devices"], about["processes"]) == (40, 8, 1)
+    assert names(tmp_path) == ["checkpoint-40"]
+    assert set(names(tmp_path / "checkpoint-40")) >= {
+        "state", "data_state.json", "meta.json", "trainer_state.json", "manifest.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("devices", "tensor"), [(1, 1), (8, 1), (2, 2), (8, 4)])
+def test_a_checkpoint_of_one_mesh_restores_onto_another(tmp_path, devices, tensor):
+    state = save_steps(tmp_path, 3)[3]
+    mesh = mesh_of(devices, tensor=tensor)
+    restored = restore_folder(tmp_path / "checkpoint-3", abstract(mesh, state)).state
+    assert_same_bits(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == shardings(mesh, state)
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    state = {"w": jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh_of(4), PartitionSpec("fsdp")))}
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, data_state=None, meta={})
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        spoil(state)
+        np.testing.assert_array_equal(checkpoints.restore(1, target).state["w"], np.ones((64, 64)))
+
+
+def change(**leaves: jax.Array | None):
+    def changed(state: dict) -> dict:
+        params = state["params"] | {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        return state | {"params": {name: leaf for name, leaf in params.items() if leaves.get(name, leaf) is not None}}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (change(norm={"scale": jnp.ones(8)}), "norm/scale is bfloat16[8] in the checkpoint, float32[8] here"),
+        (change(norm={"scale": jnp.ones(9, jnp.bfloat16)}), "is bfloat16[8] in the checkpoint, bfloat16[9] here"),
+        (change(norm=None), "params/norm/scale is bfloat16[8] in the checkpoint, absent here"),
+        (change(head={"kernel": jnp.ones((8, 2))}), "head/kernel is absent in the checkpoint, float32[8, 2] here"),
+    ],
+    ids=["another dtype", "another shape", "a leaf too few", "a leaf too many"],
+)  # fmt: skip
+def test_a_tree_that_does_not_fit_is_refused_by_the_name_of_its_leaf(tmp_path, other, problem):
+    state = save_steps(tmp_path, 3)[3]
+    with pytest.raises(ValueError, match="does not fit this run") as error:
+        restore_folder(tmp_path / "checkpoint-3", other(state))
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_leaf_that_is_no_jax_array_or_has_no_place_is_refused_by_name(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="step is a int: a train state holds jax arrays only"):
+            checkpoints.save(1, {"step": 1}, data_state=None, meta={})
+        with pytest.raises(ValueError, match=r"int64 cannot be saved in a checkpoint's JSON: np.int64\(3\)"):
+            checkpoints.save(1, {"step": jnp.int32(1)}, data_state={"next": np.int64(3)}, meta={})
+        checkpoints.save(1, {"step": jnp.int32(1)}, data_state=None, meta={})
+        with pytest.raises(ValueError, match="step: the abstract leaf has no sharding"):
+            checkpoints.restore(1, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
+
+
+def flip(path: Path, dice: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    path.write_bytes(bytes(data))
+
+
+def truncate(path: Path, dice: random.Random) -> None:
+    os.truncate(path, dice.randrange(path.stat().st_size))
+
+
+def append(path: Path, dice: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + dice.randbytes(dice.randint(1, 9)))
+
+
+def remove(path: Path, dice: random.Random) -> None:
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    save_steps(folder, 20, 30)
+    return folder
+
+
+FAULTS = [flip, truncate, append, remove]
+EXPECTED_REASON = {flip: "content differs", truncate: "bytes, expected", append: "bytes, expected", remove: "missing"}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_any_fault_in_any_file_of_the_newest_checkpoint_is_told_and_the_one_before_is_used(
+    two_checkpoints, tmp_path, fault, caplog
+):
+    dice = random.Random(17)
+    mesh = mesh_of(2)
+    state = make_state(mesh, seed=20)
+    listed = sorted(json.loads((two_checkpoints / "checkpoint-30/manifest.json").read_text())["files"])
+    assert len(listed) > 8
+    for n, name in enumerate([*listed, "manifest.json"]):
+        folder = tmp_path / str(n)
+        shutil.copytree(two_checkpoints, folder)
+        fault(folder / "checkpoint-30" / name, dice)
+        caplog.clear()
+        with Checkpoints(folder) as checkpoints:
+            assert checkpoints.latest() == 20
+            restored = checkpoints.restore(20, abstract(mesh, state)) if n in (0, len(listed) - 1) else None
+        if restored is not None:
+            assert_same_bits(restored.state, state)
+        assert names(folder) == ["checkpoint-20", "checkpoint-30.corrupt"]
+        message = caplog.messages[0]
+        assert message.startswith(f"checkpoint-30 is damaged ({name}: ")
+        assert message.endswith("now checkpoint-30.corrupt; going back to checkpoint-20")
+        if name != "manifest.json":
+            assert EXPECTED_REASON[fault] in message
+
+
+def test_two_hundred_random_faults_are_all_found(two_checkpoints, tmp_path):
+    dice = random.Random(5)
+    folder = tmp_path / "checkpoint-30"
+    shutil.copytree(two_checkpoints / "checkpoint-30", folder)
+    files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
+    found = 0
+    for _ in range(200):
+        path = folder / dice.choice(files)
+        before = path.read_bytes()
+        dice.choice(FAULTS)(path, dice)
+        found += find_damage(folder) is not None
+        path.write_bytes(before)
+    assert found == 200
+    assert find_damage(folder) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(content=st.binary(min_size=1, max_size=200), data=st.data())
+def test_the_manifest_finds_every_single_flipped_bit(tmp_path_factory, content, data):
+    folder = tmp_path_factory.mktemp("manifest")
+    (folder / "a").write_bytes(content)
+    write_manifest(folder)
+    assert find_damage(folder) is None
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    (folder / "a").write_bytes((int.from_bytes(content) ^ 1 << bit).to_bytes(len(content)))
+    assert find_damage(folder) == "a: content differs from what was saved"
+
+
+def test_what_orbax_adds_after_the_manifest_is_not_needed(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint-30"
+    (folder / "_CHECKPOINT_METADATA").write_text("no JSON")
+    (folder / "commit_success.txt").unlink()
+    state = make_state(mesh_of(1), seed=30)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest() == 30
+        assert_same_bits(checkpoints.restore(30, state).state, state)
+
+
+def test_when_all_checkpoints_are_damaged_nothing_starts_afresh_by_itself(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    for step in (20, 30):
+        (tmp_path / "run" / f"checkpoint-{step}" / "meta.json").unlink()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        with pytest.raises(
+            ValueError, match=r"every checkpoint in .* is damaged: checkpoint-30 .*; checkpoint-20 .*meta.json: missing"
+        ):
+            checkpoints.latest()
+        assert checkpoints.steps() == [20, 30]
+
+
+def test_a_damaged_or_missing_checkpoint_asked_for_by_name_is_an_error(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoint-30"
+    os.truncate(damaged / "meta.json", 10)
+    state = make_state(mesh_of(1))
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        with pytest.raises(
+            ValueError,
+            match=r"checkpoint-30 is damaged \(meta.json: 10 bytes, expected .*\); beside it there is checkpoint-20",
+        ):
+            checkpoints.restore(damaged, state)
+        with pytest.raises(
+            ValueError, match=r"no checkpoint at .*checkpoint-25; there is checkpoint-20, checkpoint-30"
+        ):
+            checkpoints.restore(25, state)
+    assert damaged.is_dir()
+
+
+def test_an_empty_folder_has_no_latest_checkpoint(tmp_path):
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.latest() is None
+
+
+def test_keep_n_keeps_the_newest_and_the_protected_one(tmp_path):
+    state = {"w": jnp.ones(3)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        seen = []
+        for step in (1, 2, 3, 10, 11):
+            checkpoints.save(step, state, data_state=None, meta={})
+            checkpoints.wait()
+            seen.append(checkpoints.steps())
+            if step == 2:
+                checkpoints.protect(2)
+        assert seen == [[1], [1, 2], [2, 3], [2, 10], [2, 11]]
+
+
+def test_keep_none_keeps_all_and_keep_zero_is_refused(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+    with pytest.raises(ValueError, match="keep is 0; at least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_leftovers_of_killed_saves_and_deletions_go_at_the_next_start(tmp_path):
+    save_steps(tmp_path, 1)
+    for name in ("checkpoint-2.orbax-checkpoint-tmp", "checkpoint-0.deleting", "checkpoint-9.corrupt"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-9.corrupt"]
+
+
+def test_going_on_from_an_older_step_moves_the_later_ones_aside_at_the_first_save(tmp_path, caplog):
+    save_steps(tmp_path, 10, 20, 30)
+    state = make_state(mesh_of(2), seed=10)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(10, state)
+        assert checkpoints.steps() == [10, 20, 30]
+        checkpoints.save(20, state, data_state=None, meta={})
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20", "checkpoint-20.superseded", "checkpoint-30.superseded"]
+    assert "checkpoint-30 is not of this run, which began at step 10: now checkpoint-30.superseded" in caplog.messages
+
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_holder_s_name(tmp_path):
+    with Checkpoints(tmp_path), pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .* since 2"):
+        Checkpoints(tmp_path)
+    assert names(tmp_path) == []
+    Checkpoints(tmp_path).close()
+
+
+def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
+    code = (
+        "import sys, pathlib, trainers.runlock as runlock\n"
+        "lock = runlock.RunLock(pathlib.Path(sys.argv[1])); print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on "):
+            Checkpoints(tmp_path)
+        holder.kill()
+        holder.wait()
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest() is None
+
+
+def test_a_folder_on_a_bucket_is_refused_plainly():
+    with pytest.raises(ValueError, match=r"not implemented yet: training.output_dir gs://b/run; mount the bucket"):
+        Checkpoints("gs://b/run")
+
+
+def test_a_disk_that_fills_up_during_a_save_is_survived_and_the_third_time_in_a_row_stops(tmp_path, caplog):
+    small, big = {"w": jnp.ones(3)}, {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, small, data_state=None, meta={})
+        assert checkpoints.wait() == 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # stands for the full disk: writes beyond fail
+            for step in (2, 3):
+                checkpoints.save(step, big, data_state=None, meta={})
+                assert checkpoints.wait() == 1
+            checkpoints.save(4, big, data_state=None, meta={})
+            with pytest.raises(
+                RuntimeError,
+                match=r"saving checkpoint-4 failed .*; finished checkpoints: checkpoint-1; 3 saves in a row",
+            ):
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        checkpoints.save(5, big, data_state=None, meta={})
+        assert checkpoints.wait() == 5
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-5"]
+    assert [message.split(" failed ")[0] for message in caplog.messages] == [
+        "saving checkpoint-2",
+        "saving checkpoint-3",
+    ]
+    assert all(
+        message.endswith("; finished checkpoints: checkpoint-1; training goes on") for message in caplog.messages
+    )
+    assert not any("\n" in message for message in caplog.messages)
+
+
+def test_a_disk_with_too_little_room_gives_up_older_checkpoints_but_never_the_newest(tmp_path, caplog, monkeypatch):
+    full, nearly_full = (SimpleNamespace(free=free) for free in (0, 1_000))
+    state = {"w": jnp.ones(1000)}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, data_state=None, meta={})
+        checkpoints.wait()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly_full)
+        checkpoints.save(3, state, data_state=None, meta={})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+        checkpoints.save(4, {"w": jnp.ones(1_000_000)}, data_state=None, meta={})
+        assert checkpoints.steps() == [2, 3]
+    assert caplog.messages == [
+        "saving checkpoint-4 failed (the disk has no room for its 4.0 MB); "
+        "finished checkpoints: checkpoint-2, checkpoint-3; training goes on"
+    ]
+
+
+def test_saving_says_nothing_on_the_terminal(tmp_path, capfd):
+    logging.getLogger("absl").setLevel(logging.INFO)
+    save_steps(tmp_path, 1, 2, keep=1)
+    assert capfd.readouterr() == ("", "")
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SAVE_FOREVER = """
+    import sys
+    import jax.numpy as jnp
+    from trainers.checkpoint import Checkpoints
+    with Checkpoints(sys.argv[1], keep=2) as checkpoints:
+        start = checkpoints.latest() or 0
+        target = {"w": jnp.zeros((64, 64)), "step": jnp.int32(0)}
+        if start:
+            restored = checkpoints.restore(start, target)
+            assert int(restored.state["step"]) == start and (restored.state["w"] == start).all(), restored
+        print("from", start, flush=True)
+        for step in range(start + 1, 10_000):
+            state = {"w": jnp.full((64, 64), step, jnp.float32), "step": jnp.int32(step)}
+            checkpoints.save(step, state, data_state=step, meta={})
+            print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_to_go_on_from(tmp_path):
+    """Three kills -9 while saves never stop; the child itself checks what it restores."""
+    dice = random.Random(2)
+    last = 0
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", textwrap.dedent(SAVE_FOREVER), str(tmp_path)],
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
+        ) as child:  # fmt: skip
+            start = int(child.stdout.readline().removeprefix("from "))
+            assert start >= last - 2  # what was printed was on its way to the disk
+            while int(line := child.stdout.readline()) < start + 4:
+                pass
+            time.sleep(dice.uniform(0, 0.05))
+            os.kill(child.pid, signal.SIGKILL)
+            last = int(line)
+    with Checkpoints(tmp_path) as checkpoints:
+        step = checkpoints.latest()
+        assert step >= last - 2
+        assert not list(tmp_path.glob("*.corrupt"))
+        assert read_meta(checkpoints.find(step))["checkpoint"]["step"] == step
+
+
+TWO_PROCESSES = """
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from trainers.checkpoint import Checkpoints
+    folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, initialization_timeout=60)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P("fsdp"))
+    whole = np.arange(32, dtype=np.float32).reshape(8, 4)
+    state = {"w": jax.make_array_from_callback((8, 4), sharding, lambda i: whole[i])}
+    with Checkpoints(folder, keep=1) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(1, state, data_state={"next": 1}, meta={})
+        checkpoints.save(2, jax.tree.map(lambda x: x + 1, state), data_state={"next": 2}, meta={})
+        assert checkpoints.wait() == 2 and checkpoints.steps() == [2]
+        step, restored, data_state, meta = checkpoints.restore(checkpoints.latest(), state)
+        for shard in restored["w"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index] + 1)
+        assert (step, data_state, meta["checkpoint"]["processes"]) == (2, {"next": 2}, 2)
+        try:
+            checkpoints.find(9)
+        except ValueError as error:
+            assert "no checkpoint at" in str(error), error
+        else:
+            raise AssertionError
+    print("done", index)
+"""
+
+
+def test_two_processes_save_together_and_one_restores_alone(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    code = textwrap.dedent(TWO_PROCESSES)
+    commands = [[sys.executable, "-c", code, str(tmp_path), port, str(i)] for i in range(2)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env) for command in commands]
+    try:
+        said = [child.communicate(timeout=60)[0].splitlines()[-1:] for child in children]
+        assert said == [["done 0"], ["done 1"]]
+    finally:
+        for child in children:
+            child.kill()
+    target = {"w": jnp.zeros((8, 4))}
+    restored = restore_folder(tmp_path / "checkpoint-2", target).state["w"]
+    np.testing.assert_array_equal(restored, np.arange(32).reshape(8, 4) + 1)
+    assert fingerprint(target) == {"w": "float32[8, 4]"}

@@ -1,0 +1,40 @@
+"""What one process does for all: with one process a plain call, with many a broadcast of the result or the error."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def on_process_0(work: Callable[[], Any]) -> Any:
+    """Runs `work` on process 0 and gives its JSON-able result to every process; called by all of them.
+
+    An OSError or ValueError there is raised on every process (elsewhere as ValueError), so that none waits for the
+    others.
+    """
+    if jax.process_count() == 1:
+        return work()
+    outcome: dict[str, Any] = {}
+    failure: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": work()}
+        except (OSError, ValueError) as error:
+            outcome, failure = {"error": str(error)}, error
+    sent = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(sent.size)))
+    received = multihost_utils.broadcast_one_to_all(sent if jax.process_index() == 0 else np.zeros(length, np.uint8))
+    if failure is not None:
+        raise failure
+    outcome = json.loads(np.asarray(received, np.uint8).tobytes())
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["value"]
+
+
+def on_any_process(yes: bool) -> bool:
+    """Whether `yes` holds on at least one process; called by all of them."""
+    return yes if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(yes))))
