@@ -68,15 +68,17 @@ def pick(name: str, platform: str) -> str:
 
 
 def _xla(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float) -> jax.Array:
-    """Plain XLA. The query heads that share a key head are folded into one long matrix, which makes few large products of many small."""
+    """Plain XLA. The G query heads of a key head are folded into its queries (Q = G L): few large products instead of many small ones."""
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
-    q_BKGLH = q_BLNH.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores_BKGLS = jnp.einsum("bkglh,bskh->bkgls", q_BKGLH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    visible = where.visible_BLS()[:, None, None, :, :]
-    weights_BKGLS = jax.nn.softmax(jnp.where(visible, scores_BKGLS, MASKED), axis=-1).astype(v_BSKH.dtype)
-    out_BKGLH = jnp.einsum("bkgls,bskh->bkglh", weights_BKGLS, v_BSKH)
-    return out_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+    G = N // K
+    q_BKQH = q_BLNH.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    scores_BKQS = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    visible_BKQS = jnp.tile(where.visible_BLS(), (1, G, 1))[:, None, :, :]
+    weights_BKQS = jax.nn.softmax(jnp.where(visible_BKQS, scores_BKQS, MASKED), axis=-1).astype(v_BSKH.dtype)
+    out_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights_BKQS, v_BKSH)
+    return out_BKQH.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
 BACKENDS: dict[str, Backend] = {"xla": Backend(refuses=lambda platform: None, attend=_xla)}

@@ -94,8 +94,22 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * scale
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool, std: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+def _linear(inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=bias, dot_general=_flat_dot, rngs=rngs)
+
+
+def _flat_dot(x_BLD: jax.Array, kernel_DF: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    """A product of matrices, [B L, D] by [D, F], in both passes.
+
+    XLA on CPU transposes whole activations for a weight gradient that sums over two dimensions, which took longer than the product itself.
+    Merging rows and tokens costs nothing unless both are split over devices; then they stay apart.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if x_BLD.ndim != 3 or (not mesh.empty and mesh.shape["context"] > 1):
+        return jax.lax.dot_general(x_BLD, kernel_DF, dimensions, **options)
+    B, L, D = x_BLD.shape
+    out = jax.lax.dot_general(x_BLD.reshape(B * L, D), kernel_DF, (((1,), (0,)), ((), ())), **options)
+    return out.reshape(B, L, kernel_DF.shape[1])
 
 
 class Attention(nnx.Module):
@@ -103,11 +117,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D, H, std = config.width, config.head_width, config.initializer_range
-        self.q = _linear(D, config.heads * H, bias=config.qkv_bias, std=std, rngs=rngs)
-        self.k = _linear(D, config.kv_heads * H, bias=config.qkv_bias, std=std, rngs=rngs)
-        self.v = _linear(D, config.kv_heads * H, bias=config.qkv_bias, std=std, rngs=rngs)
-        self.o = _linear(config.heads * H, D, bias=config.o_bias, std=std, rngs=rngs)
+        D, H = config.width, config.head_width
+        self.q = _linear(D, config.heads * H, bias=config.qkv_bias, rngs=rngs)
+        self.k = _linear(D, config.kv_heads * H, bias=config.qkv_bias, rngs=rngs)
+        self.v = _linear(D, config.kv_heads * H, bias=config.qkv_bias, rngs=rngs)
+        self.o = _linear(config.heads * H, D, bias=config.o_bias, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None") -> tuple[jax.Array, "LayerCache | None"]:
         B, L, _ = x_BLD.shape
@@ -126,10 +140,10 @@ class MLP(nnx.Module):
     """Gated MLP, `down(act(gate(x)) * up(x))` (arXiv:2002.05202, eq. 6)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        D, F, bias, std = config.width, config.mlp_width, config.mlp_bias, config.initializer_range
-        self.gate = _linear(D, F, bias=bias, std=std, rngs=rngs)
-        self.up = _linear(D, F, bias=bias, std=std, rngs=rngs)
-        self.down = _linear(F, D, bias=bias, std=std, rngs=rngs)
+        D, F, bias = config.width, config.mlp_width, config.mlp_bias
+        self.gate = _linear(D, F, bias=bias, rngs=rngs)
+        self.up = _linear(D, F, bias=bias, rngs=rngs)
+        self.down = _linear(F, D, bias=bias, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:

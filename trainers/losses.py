@@ -28,54 +28,72 @@ class Sum(NamedTuple):
 
 
 class TokenSums(NamedTuple):
-    """Sums over supervised tokens, in nats: cross-entropy, entropy of the prediction, and how often the target ranked first."""
+    """Sums over supervised tokens, in nats: the loss, the entropy of the prediction, and how often the target ranked first."""
 
-    nll: jax.Array
+    loss: jax.Array
     entropy: jax.Array
     correct: jax.Array
 
 
+class Flavour(NamedTuple):
+    """Which cross-entropy: static, part of what is compiled."""
+
+    chunk: int
+    label_smoothing: float
+    detached_weight: bool
+
+
 def cross_entropy(
-    hidden_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, *, chunk: int = 1024
+    hidden_BLD: jax.Array,
+    head_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    *,
+    chunk: int = 1024,
+    label_smoothing: float = 0.0,
+    detached_weight: bool = False,
 ) -> tuple[Sum, dict[str, Sum]]:
     """Weighted cross-entropy of every target, and what a training log shows beside it.
 
-    Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained), and how many tokens of
-    the whole batch meet the vocabulary at once. Returns the loss as a `Sum` over tokens, and `entropy` and `mean_token_accuracy` likewise.
+    Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained); `chunk`, how many tokens
+    of the batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is (1 - e) (-log p) + e mean_v(-log p_v); with
+    `detached_weight` it is -p log p with the first p held fixed (DFT, arXiv:2508.05629, eq. 9), and e has no effect.
+    Returns the loss in nats as a `Sum` over tokens, and `entropy` (nats) and `mean_token_accuracy` likewise; only the loss has a gradient.
     """
     count = weights_BL.sum()
-    sums = _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, chunk)
+    flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight)
+    sums = _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, flavour)
     metrics = {"entropy": Sum(sums.entropy, count), "mean_token_accuracy": Sum(sums.correct, count)}
-    return Sum(sums.nll, count), metrics
+    return Sum(sums.loss, count), metrics
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, chunk) -> TokenSums:
-    sums, _, _ = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, gradients=False)
+def _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, flavour) -> TokenSums:
+    sums, _, _ = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour, gradients=False)
     return sums
 
 
-def _forward(hidden_BLD, head_VD, targets_BL, weights_BL, chunk):
+def _forward(hidden_BLD, head_VD, targets_BL, weights_BL, flavour):
     """Both gradients are formed while a chunk's logits are at hand: no second product with the vocabulary in the backward pass."""
-    sums, d_hidden_BLD, d_head_VD = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, gradients=True)
+    sums, d_hidden_BLD, d_head_VD = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour, gradients=True)
     return sums, (d_hidden_BLD, d_head_VD)
 
 
-def _backward(chunk, kept, cotangent: TokenSums):
+def _backward(flavour, kept, cotangent: TokenSums):
     d_hidden_BLD, d_head_VD = kept
-    scale = cotangent.nll  # entropy and accuracy are for the log: no gradient flows through them
+    scale = cotangent.loss  # entropy and accuracy are for the log: no gradient flows through them
     return (d_hidden_BLD * scale.astype(d_hidden_BLD.dtype), d_head_VD * scale.astype(d_head_VD.dtype), None, None)
 
 
 _token_sums.defvjp(_forward, _backward)
 
 
-def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, *, gradients: bool):
-    """Go through the batch in chunks; returns the sums and, if asked, the gradients of their `nll`."""
+def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour: Flavour, *, gradients: bool):
+    """Go through the batch in chunks; returns the sums and, if asked, the gradients of their `loss`."""
     B, L, D = hidden_BLD.shape
     order_BL = jnp.argsort(weights_BL == 0, axis=1, stable=True)  # supervised tokens to the front of each row
     hidden_BLD = jnp.take_along_axis(hidden_BLD, order_BL[:, :, None], axis=1)
-    columns = max(1, min(L, chunk // B))
+    columns = max(1, min(L, flavour.chunk // B))
     steps = -(-L // columns)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -94,16 +112,16 @@ def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, *, gradients: boo
         return jax.lax.cond((piece[2] > 0).any(), live, dead, carry, piece)
 
     def live(carry, piece):
-        hidden_BCD, targets_BC, weights_BC = piece
+        hidden_TD, targets_T, weights_T = piece[0].reshape(-1, D), piece[1].reshape(-1), piece[2].reshape(-1)
         sums, d_head_VD = carry
-        found, d_logits_BCV = _chunk_sums(hidden_BCD, head_cast_VD, targets_BC, weights_BC)
+        found, d_logits_TV = _chunk_sums(hidden_TD, head_cast_VD, targets_T, weights_T, flavour)
         sums = TokenSums(*(a + b for a, b in zip(sums, found, strict=True)))
         if not gradients:
             return (sums, None), None
-        d_logits_BCV = d_logits_BCV.astype(hidden_BCD.dtype)
-        d_hidden_BCD = jnp.einsum("bcv,vd->bcd", d_logits_BCV, head_cast_VD)
-        d_head_VD += jnp.einsum("bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        return (sums, d_head_VD), d_hidden_BCD
+        d_logits_TV = d_logits_TV.astype(hidden_TD.dtype)
+        d_hidden_TD = d_logits_TV @ head_cast_VD
+        d_head_VD += jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
+        return (sums, d_head_VD), d_hidden_TD.reshape(piece[0].shape)
 
     def dead(carry, piece):
         return carry, jnp.zeros_like(piece[0]) if gradients else None
@@ -118,22 +136,30 @@ def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, chunk, *, gradients: boo
     return sums, d_hidden_BLD, d_head_VD.astype(head_VD.dtype)
 
 
-def _chunk_sums(hidden_BCD, head_VD, targets_BC, weights_BC) -> tuple[TokenSums, jax.Array]:
-    """The sums of one chunk, and the gradient of its `nll` with respect to the logits, float32."""
-    logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
-    logits_BCV = constrain(logits_BCV, ROWS, None, "tensor")
-    top_BC = logits_BCV.max(axis=-1)
-    shifted_BCV = logits_BCV - top_BC[..., None]
-    exp_BCV = jnp.exp(shifted_BCV)
-    total_BC = exp_BCV.sum(axis=-1)
-    lse_BC = jnp.log(total_BC)
-    label_BC = jnp.take_along_axis(shifted_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    mean_BC = (exp_BCV * shifted_BCV).sum(axis=-1) / total_BC
+def _chunk_sums(hidden_TD, head_VD, targets_T, weights_T, flavour: Flavour) -> tuple[TokenSums, jax.Array]:
+    """The sums of one chunk, and the gradient of its `loss` with respect to the logits [T, V], float32."""
+    logits_TV = jnp.einsum("td,vd->tv", hidden_TD, head_VD, preferred_element_type=jnp.float32)
+    logits_TV = constrain(logits_TV, ROWS, "tensor")
+    shifted_TV = logits_TV - logits_TV.max(axis=-1)[:, None]
+    exp_TV = jnp.exp(shifted_TV)
+    total_T = exp_TV.sum(axis=-1)
+    lse_T = jnp.log(total_T)
+    is_label_TV = jnp.arange(head_VD.shape[0])[None, :] == targets_T[:, None]
+    label_T = jnp.take_along_axis(shifted_TV, targets_T[:, None], axis=-1)[:, 0]
+    nll_T = lse_T - label_T
+    loss_T, smooth = nll_T, flavour.label_smoothing
+    if smooth:
+        loss_T = (1 - smooth) * nll_T + smooth * (lse_T - shifted_TV.mean(axis=-1))
+    entropy_T = lse_T - (exp_TV * shifted_TV).sum(axis=-1) / total_T
+    counted_T = weights_T
+    if flavour.detached_weight:
+        weights_T = weights_T * jnp.exp(-nll_T)
     sums = TokenSums(
-        nll=(weights_BC * (lse_BC - label_BC)).sum(),
-        entropy=(weights_BC * (lse_BC - mean_BC)).sum(),
-        correct=(weights_BC * (label_BC >= 0)).sum(),
+        loss=(weights_T * loss_T).sum(),
+        entropy=(counted_T * entropy_T).sum(),
+        correct=(counted_T * (label_T >= 0)).sum(),
     )
-    is_label_BCV = jnp.arange(head_VD.shape[0])[None, None, :] == targets_BC[..., None]
-    d_logits_BCV = exp_BCV * (weights_BC / total_BC)[..., None] - jnp.where(is_label_BCV, weights_BC[..., None], 0.0)
-    return sums, d_logits_BCV
+    d_logits_TV = exp_TV * (weights_T / total_T)[:, None] - jnp.where(is_label_TV, ((1 - smooth) * weights_T)[:, None], 0.0)
+    if smooth:
+        d_logits_TV -= (weights_T * (smooth / head_VD.shape[0]))[:, None]
+    return sums, d_logits_TV
