@@ -265,7 +265,7 @@ def _adafactor(**_):
 
 AVERAGED = {"row": -1, "column": -2}  # the axis of the parameter that a slot of Adafactor does not have
 
-RULES = {
+RULES: dict[str, Callable[..., tuple[Callable, Callable]]] = {
     "adamw": partial(_adam, decoupled=True),
     "adam": partial(_adam, decoupled=False),
     "sgd": _sgd,

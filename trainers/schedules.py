@@ -90,10 +90,10 @@ def _above(factor, floor):
 
 
 def _floor(run: Run, min_lr: float | None, min_lr_rate: float | None) -> float:
-    if (min_lr is None) == (min_lr_rate is None):
-        raise ValueError("lr_scheduler_kwargs needs one of min_lr and min_lr_rate, and only one")
-    if min_lr is None:
+    if min_lr_rate is not None and min_lr is None:
         return min_lr_rate
+    if min_lr is None or min_lr_rate is not None:
+        raise ValueError("lr_scheduler_kwargs needs one of min_lr and min_lr_rate, and only one")
     if run.peak <= 0:
         raise ValueError(f"min_lr is a share of learning_rate, which is {run.peak}; set min_lr_rate")
     return min_lr / run.peak
