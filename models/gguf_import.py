@@ -10,7 +10,6 @@ model then behave alike under `torch_dtype_str: auto`.
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def _write_weights(file: Path, tensors: dict[str, Any], config: dict[str, Any]) 
     # GGUF counts axes from the fastest; numpy, and safetensors, from the slowest
     specs = {name: Spec(tuple(int(size) for size in sources[name].shape[::-1]), bfloat16) for name in sorted(sources)}
 
-    def values(name: str) -> Iterator[np.ndarray]:
+    def values(name: str) -> np.ndarray:
         from gguf.quants import dequantize
 
         tensor = sources[name]
@@ -121,7 +120,7 @@ def _write_weights(file: Path, tensors: dict[str, Any], config: dict[str, Any]) 
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if f".{part}." in name:
                 weight = _rotary_halves(weight, heads=config[heads])
-        yield weight.astype(bfloat16)
+        return weight.astype(bfloat16)
 
     write_tensors(file, specs, values, metadata={"format": "pt"})
 

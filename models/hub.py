@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _download(model_name: str, *, revision: str | None, weights: bool) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name) or model_name.startswith("."):
-        raise ValueError(f"model_name: there is no folder {model_name}, and it is no hub name (owner/name) either")
+        raise ValueError(f"model_name: there is no folder {model_name}, nor is that a hub name (owner/name)")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

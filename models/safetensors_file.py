@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,16 +62,11 @@ def copy_rows(tensor: "Stored", index: tuple[slice, ...], target: np.ndarray) ->
 
 
 def write_tensors(
-    file: Path,
-    specs: Mapping[str, "Spec"],
-    blocks: Callable[[str], Iterable[np.ndarray]],
-    *,
-    metadata: Mapping[str, str],
+    file: Path, specs: Mapping[str, "Spec"], tensor: Callable[[str], np.ndarray], *, metadata: Mapping[str, str]
 ) -> None:
-    """Writes the tensors of `specs` in their order, asking for each one's values only when its turn comes.
+    """Writes the tensors of `specs` in their order, asking `tensor(name)` for each only when its turn comes.
 
-    `blocks(name)` gives the tensor as arrays of consecutive rows (or whole, as a single one), already of the stated
-    dtype. The bytes are on disk when this returns.
+    The bytes are on disk when this returns.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -87,11 +82,9 @@ def write_tensors(
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, spec in specs.items():
-            written = 0
-            for block in blocks(name):
-                assert block.dtype == spec.dtype, f"{name}: {block.dtype} given for {spec.dtype}"
-                written += stream.write(np.ascontiguousarray(block).view(np.uint8).data)
-            assert written == spec.nbytes, f"{name}: {written} bytes given for {spec.nbytes}"
+            array = tensor(name)
+            assert (array.shape, array.dtype) == spec, f"{name}: {array.dtype}{array.shape} given for {spec}"
+            stream.write(np.ascontiguousarray(array).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -5,18 +5,15 @@ kernels as [out, in]. A `Place` says which tensors a leaf is and how they are tu
 """
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.safetensors_file import Stored, copy_rows
-
-BLOCK_BYTES = 64 * 2**20  # of a tensor, fetched from the devices at a time
 
 Ranges = Sequence[tuple[int, int]]  # start and stop along each axis
 
@@ -50,16 +47,25 @@ def read_leaf(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def read_rows(leaf: jax.Array, layer: int, place: Place, *, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """One tensor as the files have it, in blocks of rows, each fetched from the devices when its turn comes."""
-    rows, *rest = place.hf_shape
-    step = max(1, BLOCK_BYTES // (math.prod(rest) * leaf.dtype.itemsize))
-    for start in range(0, rows, step):
-        ranges = [(start, min(start + step, rows)), *((0, size) for size in rest)]
-        ranges = ranges[::-1] if place.transposed else ranges
-        block = _fetch(leaf, [(layer, layer + 1), *ranges] if place.stacked else ranges, dtype)
-        block = block[0] if place.stacked else block
-        yield block.T if place.transposed else block
+def fetch_tensor(leaf: jax.Array, layer: int, place: Place, *, dtype: np.dtype[Any]) -> np.ndarray:
+    """One tensor as the files have it, cut out, turned and cast on the devices; collective if it spans processes."""
+    everywhere = None
+    if not leaf.is_fully_addressable:
+        assert isinstance(leaf.sharding, NamedSharding), f"{leaf.sharding} spans processes without a mesh"
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    tensor = _take(everywhere, place.stacked, place.transposed, dtype)(leaf, layer)
+    return np.asarray(tensor if everywhere is None else tensor.addressable_data(0))
+
+
+@functools.cache
+def _take(out: NamedSharding | None, stacked: bool, transposed: bool, dtype: np.dtype[Any]) -> Any:
+    """Jitted `(leaf, layer) → tensor`; the layer is an argument, so that all layers of a leaf share one compilation."""
+
+    def take(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+        return (one.T if transposed else one).astype(dtype)
+
+    return jax.jit(take, out_shardings=out)
 
 
 def _read_shard(
@@ -78,48 +84,5 @@ def _read_shard(
     return host
 
 
-def _fetch(leaf: jax.Array, ranges: Ranges, dtype: np.dtype[Any]) -> np.ndarray:
-    """`leaf[ranges]` on the host, wherever its shards lie; collective where other processes hold some of them."""
-    if not leaf.is_fully_addressable:
-        assert isinstance(leaf.sharding, NamedSharding), f"{leaf.sharding} spans processes without a mesh"
-        gather = _gather(leaf.sharding.mesh, _sizes(ranges), dtype)
-        return np.asarray(gather(leaf, _starts(ranges)).addressable_data(0))
-    host = np.empty(_sizes(ranges), dtype)
-    for shard in leaf.addressable_shards:
-        held = _ranges(shard.index, leaf.shape)
-        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(ranges, held, strict=True)]
-        if shard.replica_id == 0 and all(start < stop for start, stop in common):
-            piece = _slice(shard.data, _starts(_relative(common, held)), sizes=_sizes(common), dtype=dtype)
-            host[tuple(slice(*one) for one in _relative(common, ranges))] = piece
-    return host
-
-
-def _cut(x: jax.Array, starts: jax.Array, *, sizes: tuple[int, ...], dtype: Any) -> jax.Array:
-    """`x[starts : starts + sizes]`, with traced starts: all layers of a leaf share one compiled slice."""
-    return jax.lax.dynamic_slice(x, list(starts), sizes).astype(dtype)
-
-
-_slice = jax.jit(_cut, static_argnames=("sizes", "dtype"))
-
-
-@functools.cache
-def _gather(mesh: Mesh, sizes: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """`_cut` of an array spread over processes: the block ends up on every device."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(functools.partial(_cut, sizes=sizes, dtype=dtype), out_shardings=everywhere)
-
-
 def _ranges(index: Any, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((one.indices(size)[0], one.indices(size)[1]) for one, size in zip(index, shape, strict=True))
-
-
-def _relative(ranges: Ranges, origin: Ranges) -> list[tuple[int, int]]:
-    return [(start - zero, stop - zero) for (start, stop), (zero, _) in zip(ranges, origin, strict=True)]
-
-
-def _sizes(ranges: Ranges) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in ranges)
-
-
-def _starts(ranges: Ranges) -> np.ndarray:
-    return np.array([start for start, _ in ranges], np.int32)

@@ -2,15 +2,15 @@
 
 A family's table says where each leaf of our tree lies, say `layers/mlp/up/kernel` in the tensors
 `model.layers.{i}.mlp.up_proj.weight` of all layers i. Reading takes from the files only the bytes of this process's
-shards; writing takes from the devices one block of rows at a time. Neither ever holds more of the model in host
-memory than one shard of one leaf.
+shards; writing takes from the devices one tensor at a time. Neither ever holds more of the model in host memory than
+one shard of one leaf, or one tensor.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from models.families import family_for
 from models.hub import INDEX, SINGLE, weight_files
 from models.safetensors_file import Spec, Stored, copy_rows, read_header, write_tensors
 from models.sharding import paths
-from models.shards import BLOCK_BYTES, Place, read_leaf, read_rows
+from models.shards import Place, fetch_tensor, read_leaf
 
 HEAD, EMBEDDING = "head/kernel", "embed/embedding"
 READERS = min(8, os.cpu_count() or 1)  # threads that copy layers of one leaf at the same time
@@ -79,23 +79,22 @@ def save_folder(
     origin = {name: (path, layer) for path, place in places.items() for layer, name in enumerate(place.names)}
     specs = {name: Spec(places[origin[name][0]].hf_shape, dtype) for name in sorted(origin, key=_by_layer)}
 
-    def blocks(name: str) -> Iterator[np.ndarray]:
+    def tensor(name: str) -> np.ndarray:
         path, layer = origin[name]
-        return read_rows(leaves[path], layer, places[path], dtype=dtype)
+        return fetch_tensor(leaves[path], layer, places[path], dtype=dtype)
 
     if jax.process_index() == 0:
         part = _empty(folder.parent / f".{folder.name}.part")
-        _write_weights(part, specs, blocks, max_shard_bytes=max_shard_bytes)
+        _write_weights(part, specs, tensor, max_shard_bytes=max_shard_bytes)
         _write_json(part / "config.json", _with_dtype(hf_config, dtype.name))
         if generation_config is not None:
             _write_json(part / "generation_config.json", generation_config)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         _publish(part, folder)
-    else:  # fetching a block that is spread over processes is collective: all take part, in the same order
+    else:  # fetching a tensor that is spread over processes is collective: all take part, in the same order
         for name in specs:
-            for _ in blocks(name):
-                pass
+            tensor(name)
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import sync_global_devices
 
@@ -168,7 +167,7 @@ def _same(one: Stored, other: Stored) -> bool:
     if one.shape != other.shape:
         return False
     rows, width = one.shape
-    step = max(1, BLOCK_BYTES // (4 * width))
+    step = 1024
     for start in range(0, rows, step):
         a, b = np.empty((2, min(step, rows - start), width), np.float32)
         copy_rows(one, (slice(start, start + step), slice(None)), a)
@@ -178,7 +177,9 @@ def _same(one: Stored, other: Stored) -> bool:
     return True
 
 
-def _write_weights(folder: Path, specs: Mapping[str, Spec], blocks: Any, *, max_shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path, specs: Mapping[str, Spec], tensor: Callable[[str], np.ndarray], *, max_shard_bytes: int
+) -> None:
     """Writes the tensors in order; where they pass `max_shard_bytes` in all, as several files and an index."""
     groups: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
@@ -193,7 +194,7 @@ def _write_weights(folder: Path, specs: Mapping[str, Spec], blocks: Any, *, max_
         where = {name: file for file, group in zip(files, groups, strict=True) for name in group}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     for file, group in zip(files, groups, strict=True):
-        write_tensors(folder / file, group, blocks, metadata={"format": "pt"})
+        write_tensors(folder / file, group, tensor, metadata={"format": "pt"})
 
 
 def _publish(part: Path, folder: Path) -> None:
