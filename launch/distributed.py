@@ -1,0 +1,56 @@
+"""Start of the processes of one run, from what the environment says: TPU pod, SLURM, Open MPI, Kubernetes, or an explicit address.
+
+An explicit start sets, for each process: `EINKORN_COORDINATOR=host:port`, `EINKORN_PROCESSES=n`, `EINKORN_PROCESS=i`.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+EXPLICIT = ("EINKORN_COORDINATOR", "EINKORN_PROCESSES", "EINKORN_PROCESS")
+
+
+def arguments(environment: Mapping[str, str]) -> dict[str, object] | None:
+    """What `jax.distributed.initialize` is to be called with; empty where jax finds all by itself; None for a single process.
+
+    Raises ValueError where an explicit start is half said.
+    """
+    given = [name for name in EXPLICIT if environment.get(name)]
+    if given and len(given) < len(EXPLICIT):
+        missing = ", ".join(name for name in EXPLICIT if name not in given)
+        raise ValueError(f"an explicit start needs {', '.join(EXPLICIT)}; not set: {missing}")
+    if given:
+        return {
+            "coordinator_address": environment["EINKORN_COORDINATOR"],
+            "num_processes": _number(environment, "EINKORN_PROCESSES"),
+            "process_id": _number(environment, "EINKORN_PROCESS"),
+        }
+    return {} if _several_tasks(environment) else None
+
+
+def start(environment: Mapping[str, str] = os.environ) -> None:
+    """Join the run's other processes, if there are any. Must come before anything touches a device."""
+    import jax
+
+    if (found := arguments(environment)) is None:
+        return
+    jax.distributed.initialize(**found, heartbeat_timeout_seconds=60)  # type: ignore[arg-type]
+    log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _several_tasks(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that jax knows has started more than one task."""
+    counts = (environment.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    workers = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    step = "SLURM_STEP_NODELIST" in environment or "SLURM_NTASKS" not in environment
+    several = any(count.isdigit() and int(count) > 1 for count in counts)
+    return (several and step) or len(workers) > 1 or environment.get("MEGASCALE_NUM_SLICES", "1") not in ("", "1")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise ValueError(f"{name} is {environment[name]!r}, not a number") from None
