@@ -1,0 +1,185 @@
+"""What one key says about another: problems a run must not start with, and remarks for the log."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from configs.default import DATASET, SCHEMA
+from configs.derived import max_length, run_name
+from configs.key import LATER, NO_EFFECT, Key, settings
+from configs.methods import GRPO
+from configs.yaml_text import written
+
+SPLITS = ("train", "validation", "test")
+COMPLETIONS = "text_completions_only_with_padding"
+
+Lines = Iterator[tuple[str, str]]  # the path a line is about, and the line behind it
+
+
+class Rule(NamedTuple):
+    """A check and the keys it reads: it is left out where one of them is wrong already."""
+
+    reads: tuple[str, ...]
+    check: Callable[[Any], Lines]
+
+
+def problems(config: Any, *, wrong: set[str]) -> list[tuple[str, str]]:
+    """Every rule's lines, but for rules that read a key that is wrong already."""
+    return [line for rule in RULES if not wrong.intersection(rule.reads) for line in rule.check(config)]
+
+
+def unimplemented(config: Any) -> list[tuple[str, str]]:
+    """A line for each setting that is to come; of a method that is to come, only the method."""
+    method = config.training.trainer_type
+    later = SCHEMA["training"]["trainer_type"].later
+    if method in later:
+        now = ", ".join(word for word in SCHEMA["training"]["trainer_type"].kind if word not in later)
+        return [("training.trainer_type", f"{method}; works now: {now}")]
+    return [(path, written(value)) for path, key, value in settings(SCHEMA, config) if _is_later(key, value)]
+
+
+def remarks(config: Any, origin: dict[str, str]) -> list[str]:
+    """What is worth a line of the log: settings without effect, and settings that give way to others."""
+    method = config.training.trainer_type
+    changed = [(path, key) for path, key, value in settings(SCHEMA, config) if value != key.default]
+    idle = [path for path, key in changed if key.effect == NO_EFFECT]
+    others = [path for path, key in changed if key.only and method not in key.only]
+    lines = [f"no effect here: {', '.join(idle)}"] if idle else []
+    lines += [f"no effect with training.trainer_type {method}: {', '.join(others)}"] if others else []
+    return lines + [f"{path}: {text}" for remark in REMARKS for path, text in remark(config, origin)]
+
+
+def _is_later(key: Key, value: Any) -> bool:
+    return value in key.later if key.later else key.effect == LATER and value != key.default
+
+
+def _some_data(config: Any) -> Lines:
+    if not config.data.train.datasets:
+        yield "data.train.datasets", "missing; give at least one dataset"
+
+
+def _some_steps(config: Any) -> Lines:
+    if config.training.max_steps <= 0 and config.training.num_train_epochs <= 0:
+        yield "training.max_steps", "neither max_steps nor num_train_epochs is above 0; set one"
+
+
+def _compile_is_training(config: Any) -> Lines:
+    if config.model.compile:
+        yield "model.compile", "must stay false; say training.compile"
+
+
+def _one_sharding(config: Any) -> Lines:
+    if config.fsdp.enable_fsdp and config.deepspeed.enable_deepspeed:
+        yield "deepspeed.enable_deepspeed", "fsdp.enable_fsdp is true too; choose one"
+
+
+def _deepspeed_batch(config: Any) -> Lines:
+    if config.deepspeed.enable_deepspeed and config.deepspeed.train_batch_size != "auto":
+        yield "deepspeed.train_batch_size", "must be auto; say training.per_device_train_batch_size"
+
+
+def _mixed_precision(config: Any) -> Lines:
+    asked, dtype = config.training.mixed_precision_dtype, config.model.torch_dtype_str
+    if asked != "NONE" and dtype != "float32":
+        yield "training.mixed_precision_dtype", f"{asked} needs model.torch_dtype_str: float32, not {dtype}"
+
+
+def _something_to_evaluate(config: Any) -> Lines:
+    if config.training.eval_strategy != "no" and not config.data.validation.datasets:
+        yield "training.eval_strategy", f"{config.training.eval_strategy} needs data.validation.datasets"
+
+
+def _one_collator(config: Any) -> Lines:
+    names = {split: config.data[split].collator_name for split in SPLITS}
+    for split in SPLITS[1:]:
+        if names[split] not in (None, names["train"]):
+            yield (
+                f"data.{split}.collator_name",
+                f"{names[split]}, but data.train has {names['train'] or 'none'}; say one",
+            )
+
+
+def _what_to_train(config: Any) -> Lines:
+    train = config.data.train
+    if train.train_target and train.collator_name != COMPLETIONS:
+        yield "data.train.train_target", f"needs data.train.collator_name: {COMPLETIONS}"
+    if (
+        train.collator_name == COMPLETIONS
+        and not train.train_target
+        and "response_template" not in train.collator_kwargs
+    ):
+        yield "data.train.collator_name", f"{COMPLETIONS} needs data.train.train_target, such as ALL_ASSISTANT_TURNS"
+
+
+def _dataset_kwargs(config: Any) -> Lines:
+    for split in SPLITS:
+        for number, dataset in enumerate(config.data[split].datasets):
+            here = f"data.{split}.datasets[{number}]"
+            for name in sorted(DATASET.keys() & dataset.dataset_kwargs.keys()):
+                yield f"{here}.dataset_kwargs", f"{name} is a key of its own; say {here}.{name}"
+
+
+def _length_to_pack(config: Any) -> Lines:
+    for split in ("train", "validation"):
+        if config.data[split].pack and max_length(config) is None:
+            yield f"data.{split}.pack", "needs a length; set model.model_max_length"
+
+
+def _smoothing(config: Any) -> Lines:
+    if config.training.trainer_kwargs.label_smoothing_factor and config.training.trainer_kwargs.loss_type == "dft":
+        yield "training.trainer_kwargs.label_smoothing_factor", "is for loss_type nll, not dft"
+
+
+def _rewards(config: Any) -> Lines:
+    if config.training.reward_functions and config.training.trainer_type not in GRPO:
+        yield "training.reward_functions", f"needs training.trainer_type {' or '.join(GRPO)}"
+
+
+def _mesh(config: Any) -> Lines:
+    sizes = {axis: size for axis, size in config.mesh.items() if size is not None}
+    for axis, size in sizes.items():
+        if size == 0:
+            yield f"mesh.{axis}", "got 0; allowed: at least 1, or -1 for all devices that are left"
+    if list(sizes.values()).count(-1) > 1:
+        yield "mesh", f"got -1 for {' and '.join(axis for axis in sizes if sizes[axis] == -1)}; allowed: one -1"
+
+
+RULES = (
+    Rule(("data.train.datasets",), _some_data),
+    Rule(("training.max_steps", "training.num_train_epochs"), _some_steps),
+    Rule(("model.compile",), _compile_is_training),
+    Rule(("fsdp.enable_fsdp", "deepspeed.enable_deepspeed"), _one_sharding),
+    Rule(("deepspeed.enable_deepspeed", "deepspeed.train_batch_size"), _deepspeed_batch),
+    Rule(("training.mixed_precision_dtype", "model.torch_dtype_str"), _mixed_precision),
+    Rule(("training.eval_strategy", "data.validation.datasets"), _something_to_evaluate),
+    Rule(tuple(f"data.{split}.collator_name" for split in SPLITS), _one_collator),
+    Rule(("data.train.collator_name", "data.train.train_target", "data.train.collator_kwargs"), _what_to_train),
+    Rule((), _dataset_kwargs),
+    Rule(("model.model_max_length", "training.trainer_kwargs.max_length"), _length_to_pack),
+    Rule(("training.trainer_kwargs.loss_type", "training.trainer_kwargs.label_smoothing_factor"), _smoothing),
+    Rule(("training.reward_functions", "training.trainer_type"), _rewards),
+    Rule(tuple(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "context")), _mesh),
+)
+
+
+def _length_gives_way(config: Any, origin: dict[str, str]) -> Lines:
+    length, other = config.model.model_max_length, config.training.trainer_kwargs.max_length
+    if length is not None and "training.trainer_kwargs.max_length" in origin and other != length:
+        yield "training.trainer_kwargs.max_length", f"{written(other)} gives way to model.model_max_length: {length}"
+
+
+def _ratio_gives_way(config: Any, origin: dict[str, str]) -> Lines:
+    if config.training.warmup_steps is not None and config.training.warmup_ratio is not None:
+        yield "training.warmup_ratio", f"gives way to training.warmup_steps: {config.training.warmup_steps}"
+
+
+def _epoch_gives_way(config: Any, origin: dict[str, str]) -> Lines:
+    if config.training.save_epoch and config.training.save_steps > 0:
+        yield "training.save_epoch", f"gives way to training.save_steps: {config.training.save_steps}; set that to 0"
+
+
+def _clean_name(config: Any, origin: dict[str, str]) -> Lines:
+    if run_name(config) != config.training.run_name:
+        yield "training.run_name", f"is written {run_name(config)}"
+
+
+REMARKS = (_length_gives_way, _ratio_gives_way, _epoch_gives_way, _clean_name)
