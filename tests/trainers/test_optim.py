@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.optimization import Adafactor
 
+from configs.default import SCHEMA
 from trainers import optim
 from trainers.schedules import schedule
 
@@ -277,6 +278,7 @@ def test_state_lies_where_its_parameters_lie():
 
 
 def test_names_of_the_schema_stand_for_rules_and_what_they_lose_is_said():
+    assert set(SCHEMA["training"]["optimizer"].choices) == {*optim.RULES, *optim.SAME_AS}
     assert [optim.resolve(name) for name in ("adamw_torch_fused", "sgd", "lion_32bit")] == ["adamw", "sgd", "lion"]
     assert optim.notice("adamw_torch") is None
     assert optim.notice("paged_adamw_8bit") == (

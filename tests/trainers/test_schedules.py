@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from configs.default import SCHEMA
 from trainers.schedules import SCHEDULES, schedule, warmup
 
 PEAK = 3e-4
@@ -61,8 +62,8 @@ def test_every_update_has_the_rate_transformers_gives_it(name, kwargs, warmup_st
     np.testing.assert_allclose(traced, theirs, rtol=2e-6, atol=2e-7 * PEAK)
 
 
-def test_all_names_are_compared_here():
-    assert {name for name, _ in OPTIONS} == set(SCHEDULES)
+def test_all_names_of_the_schema_are_compared_here():
+    assert {name for name, _ in OPTIONS} == set(SCHEDULES) == set(SCHEMA["training"]["lr_scheduler_type"].choices)
 
 
 def test_a_long_run_does_not_drift_in_float32():
