@@ -17,19 +17,17 @@ MODEL: Table = {
 
 DATASET: Table = {
     "shuffle_buffer_size": no_effect(1000, int, "rows are shuffled as a whole"),
-    "transform_num_workers": no_effect(None, int, "processes that prepare rows", words=("auto",), low=1),
     "trust_remote_code": no_effect(False, bool, "code from the hub is never run"),
 }
 
 SPLIT: Table = {
-    "seed": no_effect(None, int, "seed of a mixture"),
     "target_col": no_effect(None, str, "deprecated in Oumi"),
     "use_torchdata": no_effect(None, bool, "there is one data pipeline"),
 }
 
 TRAINER_KWARGS: Table = {
     "padding_free": no_effect(False, bool, "rows are packed or padded"),
-    "pad_to_multiple_of": no_effect(None, int, "row lengths are chosen by the pipeline", words=("auto",)),
+    "pad_to_multiple_of": no_effect("auto", int, "row lengths are chosen by the pipeline", words=("auto",)),
     "dataset_num_proc": no_effect(None, int, "processes that prepare rows"),
     "dataset_kwargs": no_effect(None, dict, "skip_prepare_dataset and its like"),
     "remove_unused_columns": no_effect(True, bool, "formats read the columns they need"),

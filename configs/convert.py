@@ -17,7 +17,8 @@ def convert(key: Key, given: Given) -> Any:
     try:
         return _value(key, given)
     except (ValueError, OverflowError):
-        guess = nearest(str(given.value), (*key.choices, *key.read_as))
+        near = nearest(str(given.value), (*key.choices, *key.read_as))
+        guess = key.read_as.get(near or "", near)
         text = f"got {shown(given)}; allowed: {allowed(key)}" + (f"; did you mean {guess}?" if guess else "")
         raise ValueError(text) from None
 

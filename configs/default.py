@@ -31,11 +31,12 @@ ATTENTION_NAMES = {
     **dict.fromkeys(("eager",), "xla"),
 }
 COLLATORS_LATER = ("vision_language_with_padding", "vision_language_sft", "dpo_with_padding")
-OPTIMIZER_NAMES = {
-    **dict.fromkeys(("adamw", "adamw_hf", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"), "adamw_torch"),
-    **dict.fromkeys(("paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit"), "adamw_torch"),
-    **dict.fromkeys(("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"), "lion"),
-}
+OPTIMIZERS = (
+    *("adamw_torch", "adamw", "adam", "sgd", "adafactor", "lion"),
+    *("adamw_torch_fused", "adamw_torch_xla", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit"),
+    *("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+)
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "constant"),
     *("constant_with_warmup", "polynomial", "inverse_sqrt", "warmup_stable_decay"),
@@ -77,7 +78,10 @@ DATASET: Table = {
     "sample_count": Key(None, int, "rows to take; where there are fewer, they repeat", low=0),
     "shuffle": Key(False, bool, "shuffle before taking sample_count rows"),
     "seed": Key(None, int, "seed of that shuffle; null: training.data_seed"),
-    "mixture_proportion": later(None, float, "share of this dataset in the mixture", low=0, high=1),
+    "mixture_proportion": Key(
+        None, float, "share of the split's rows; for all of its datasets, or none", low=0, high=1
+    ),
+    "transform_num_workers": Key(None, int, "processes that tokenize; null: auto", words=("auto",), low=1),
     "streaming": Same("data.<split>.stream", "the documentation's name of it"),
     **accepted.DATASET,
 }
@@ -101,7 +105,10 @@ SPLIT: Table = {
         "raise", ("raise", "skip"), "ours: a row that cannot be used is an error, or skipped and counted"
     ),
     "stream": later(False, bool, "read rows as they come, without knowing how many there are"),
-    "mixture_strategy": later("first_exhausted", ("first_exhausted", "all_exhausted"), "when a mixture ends"),
+    "mixture_strategy": Key(
+        "first_exhausted", ("first_exhausted", "all_exhausted"), "a mixture ends when one dataset has, or when all have"
+    ),
+    "seed": Key(None, int, "seed of the mixture; null: training.data_seed"),
     "max_length": Same("model.model_max_length", "the documentation's name of it"),
     **accepted.SPLIT,
 }
@@ -167,7 +174,7 @@ TRAINING: Table = {
     "per_device_eval_batch_size": Key(8, int, "rows of one evaluation batch on each device", low=1),
     "gradient_accumulation_steps": Key(1, int, "microbatches of one optimizer step", low=1),
     # The optimizer.
-    "optimizer": Key("adamw_torch", ("adamw_torch", "sgd", "adafactor", "lion"), "which one", read_as=OPTIMIZER_NAMES),
+    "optimizer": Key("adamw_torch", OPTIMIZERS, "which one; nothing is quantised or paged here"),
     "learning_rate": Key(5e-5, float, "at its highest", low=0),
     "lr_scheduler_type": Key("linear", SCHEDULES, "how the learning rate goes"),
     "lr_scheduler_kwargs": Key({}, dict, "options of the schedule, such as num_cycles or min_lr_rate"),

@@ -9,7 +9,7 @@ from configs.convert import convert
 from configs.default import ELSEWHERE, SCHEMA
 from configs.given import Given, shown
 from configs.key import Items, Key, Same, Table, find, leaves
-from configs.nearest import nearest
+from configs.nearest import nearest, slips
 
 FEW = 20  # names that still make a line
 
@@ -102,13 +102,13 @@ def _other_name(entry: Same, given: Given, path: str, filled: Filled) -> None:
 
 
 def _unknown(table: Table, path: str, name: str) -> str:
-    """Did you mean: first a neighbour, then the same name in another section, then what other programs call it."""
+    """Did you mean: a slip of a neighbour's name, the same name in another section or program, or what is like it."""
     guess = nearest(name, table)
+    elsewhere = next((other for other, _ in leaves(SCHEMA) if other.rpartition(".")[2] == name), ELSEWHERE.get(name))
+    if elsewhere and not (guess and slips(name, guess) == 1):
+        return f"unknown key; did you mean {elsewhere}?"
     if guess:
         return f"unknown key; did you mean {_join(path, guess)}?"
-    elsewhere = next((other for other, _ in leaves(SCHEMA) if other.rpartition(".")[2] == name), ELSEWHERE.get(name))
-    if elsewhere:
-        return f"unknown key; did you mean {elsewhere}?"
     return "unknown key" + (f"; known here: {', '.join(table)}" if len(table) <= FEW else ", and like none known here")
 
 

@@ -26,8 +26,8 @@ class ConfigError(ValueError):
     """A configuration that cannot run; `problems` holds a line for each reason."""
 
     def __init__(self, problems: Sequence[str]):
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+        self.problems = tuple(_printable(line) for line in problems)
+        super().__init__("\n".join(self.problems))
 
 
 class Loaded(NamedTuple):
@@ -91,7 +91,7 @@ def _with_options(given: Given, words: Sequence[str]) -> tuple[Given, list[str]]
             continue
         try:
             given = options.lay_over(given, option)
-        except IndexError as error:
+        except ValueError as error:
             problems.append(f"{path}: {error} ({options.PLACE})")
     return given, problems
 
@@ -120,6 +120,10 @@ def _judge(config: ConfigDict, filled: Filled) -> list[str]:
     lines = [text for _, text in filled.problems]
     lines += [_placed(f"not implemented yet: {path}: {text}", path, filled) for path, text in later]
     return lines + [_placed(f"{path}: {text}", path, filled) for path, text in rules.problems(config, wrong=wrong)]
+
+
+def _printable(line: str) -> str:
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def _placed(line: str, path: str, filled: Filled) -> str:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-PART = 2  # a name's part alone ("sft" for "TRL_SFT") counts as two slips
+PART = 2  # a part of a name ("sft" of "TRL_SFT"), or its beginning, counts as two slips
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
@@ -35,6 +35,6 @@ def slips(one: str, other: str) -> int:
 
 def _distance(word: str, name: str, most: int) -> int:
     """The slips between them, where they can be as few as `most`."""
-    if len(word) > PART and word in name.split("_"):
+    if len(word) > PART and (word in name.split("_") or name.startswith(word)):
         return min(PART, slips(word, name))
     return slips(word, name) if abs(len(word) - len(name)) <= most else most + 1

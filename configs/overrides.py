@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from configs.given import Given
+from configs.given import Given, shown
 from configs.yaml_text import parse
 
 PLACE = "command line"
@@ -42,7 +42,7 @@ def read(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def lay_over(below: Given, override: Override, path: tuple[str, ...] | None = None) -> Given:
-    """What was given with an option over it: mappings merge, all else is replaced. IndexError past a list's end."""
+    """What was given with an option over it: mappings merge, all else is replaced. ValueError where it has no place."""
     path = override.path if path is None else path
     if not path:
         return _merge(below, Given(True, PLACE) if override.given is None else override.given)
@@ -51,11 +51,13 @@ def lay_over(below: Given, override: Override, path: tuple[str, ...] | None = No
     if isinstance(below.value, list) and name.isdigit():
         at, items = int(name), [*below.value]
         if at > len(items):
-            raise IndexError(f"{name} is past the end of a list of {len(items)}")
+            raise ValueError(f"{name} is past the end of a list of {len(items)}")
         return below._replace(value=[*items[:at], lay_over(([*items, nothing])[at], override, rest), *items[at + 1 :]])
     if below.value is None and name.isdigit():
         return lay_over(Given([], PLACE), override, path)
-    mapping = below.value if isinstance(below.value, dict) else {}
+    mapping = {} if below.value is None else below.value
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{name} would stand in {shown(below)} ({below.place}), which has no keys")
     return Given({**mapping, name: lay_over(mapping.get(name, nothing), override, rest)}, below.place)
 
 

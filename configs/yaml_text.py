@@ -23,10 +23,10 @@ INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
 
 def parse(text: str, name: str) -> Given:
     """The value of one YAML document, each part with its place `name:line`. ValueError, with it, if it is none."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        return Given(None, name) if node is None else _Reader(loader, name).read(node, ())
+        return Given(None, name) if node is None else _Reader(loader, name).read(node, (), node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{name}:{line}: no valid YAML: {error.problem}") from None
@@ -37,8 +37,6 @@ def parse(text: str, name: str) -> Given:
         ) from None
     except RecursionError:
         raise ValueError(f"{name}: no valid YAML: nested too deeply") from None
-    finally:
-        loader.dispose()
 
 
 def written(value: Any) -> str:
@@ -76,9 +74,9 @@ class _Reader:
     def __init__(self, loader: _Loader, name: str):
         self.loader, self.name, self.count = loader, name, 0
 
-    def read(self, node: yaml.Node, above: tuple[yaml.Node, ...]) -> Given:
-        """The value of a node; `above` are the nodes it stands in."""
-        place = f"{self.name}:{node.start_mark.line + 1}"
+    def read(self, node: yaml.Node, above: tuple[yaml.Node, ...], key: yaml.Node) -> Given:
+        """The value of a node, at the line of its key; `above` are the nodes it stands in."""
+        place = f"{self.name}:{key.start_mark.line + 1}"
         self.count += 1
         if self.count > LARGEST:
             raise ValueError(f"{place}: no valid configuration: it expands to more than {LARGEST} values")
@@ -87,7 +85,7 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             return Given(self._scalar(node, place), place, node.value)
         if isinstance(node, yaml.SequenceNode) and node.tag == SEQUENCE:
-            return Given([self.read(item, (*above, node)) for item in node.value], place)
+            return Given([self.read(item, (*above, node), item) for item in node.value], place)
         if isinstance(node, yaml.MappingNode) and node.tag == MAPPING:
             return Given(self._mapping(node, above), place)
         raise ValueError(f"{place}: no valid configuration: the tag {node.tag} is not read here")
@@ -110,7 +108,7 @@ class _Reader:
                 )
             lines[key.value] = line
         self.loader.flatten_mapping(node)  # `<<: *defaults`, whose keys may be given again
-        return {key.value: self.read(value, (*above, node)) for key, value in node.value}
+        return {key.value: self.read(value, (*above, node), key) for key, value in node.value}
 
 
 def _resolvers() -> dict[str, list]:
