@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Installs the test extra into .venv, then runs linter, formatter, type checker and all tests but the slow ones.
+#
+#   bash launch/test.sh [pytest arguments …]      e.g. bash launch/test.sh -k weights; -m slow for the slow ones
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/venv.sh
+pip=(.venv/bin/python -m pip install --quiet)
+# torch first and by itself, from its CPU builds where they can be reached: the default build for Linux brings CUDA along
+"${pip[@]}" --timeout 10 --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.*'
+"${pip[@]}" --editable '.[test]'
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -m "not slow" "$@"
