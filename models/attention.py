@@ -54,9 +54,13 @@ def pick(name: str, platform: str) -> str:
     """The backend to use; the choice of "auto" is logged once, with the reasons against those before it."""
     if name != "auto":
         if name not in BACKENDS:
-            raise ValueError(f"attention backend {name!r} is not one of auto, {', '.join(BACKENDS)} (model.attn_implementation)")
+            raise ValueError(
+                f"attention backend {name!r} is not one of auto, {', '.join(BACKENDS)} (model.attn_implementation)"
+            )
         if reason := BACKENDS[name].refuses(platform):
-            raise ValueError(f"attention backend {name!r} cannot run on {platform}: {reason} (model.attn_implementation)")
+            raise ValueError(
+                f"attention backend {name!r} cannot run on {platform}: {reason} (model.attn_implementation)"
+            )
         return name
     refused = {}
     for candidate, backend in BACKENDS.items():

@@ -123,7 +123,9 @@ class Attention(nnx.Module):
         self.v = _linear(D, config.kv_heads * H, bias=config.qkv_bias, rngs=rngs)
         self.o = _linear(config.heads * H, D, bias=config.o_bias, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None") -> tuple[jax.Array, "LayerCache | None"]:
+    def __call__(
+        self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None"
+    ) -> tuple[jax.Array, "LayerCache | None"]:
         B, L, _ = x_BLD.shape
         H = self.config.head_width
         q_BLNH = rotate(self.q(x_BLD).reshape(B, L, self.config.heads, H), *road.rope)
@@ -160,7 +162,9 @@ class Block(nnx.Module):
         self.post_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None") -> tuple[jax.Array, "LayerCache | None"]:
+    def __call__(
+        self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None"
+    ) -> tuple[jax.Array, "LayerCache | None"]:
         attended_BLD, cache = self.attention(self.input_norm(x_BLD), road, cache)
         x_BLD = x_BLD + attended_BLD
         x_BLD = x_BLD + self.mlp(self.post_norm(x_BLD))
@@ -181,7 +185,9 @@ class LayerCache(NamedTuple):
     cache: Cache
     layer: jax.Array
 
-    def write(self, k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BL: jax.Array) -> tuple[jax.Array, jax.Array, "LayerCache"]:
+    def write(
+        self, k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BL: jax.Array
+    ) -> tuple[jax.Array, jax.Array, "LayerCache"]:
         """Put new keys and values into their slots; returns this layer's keys and values [B, S, K, H], and the new cache."""
         rows_BL = jnp.arange(slots_BL.shape[0])[:, None] + jnp.zeros_like(slots_BL)
         at = (self.layer, rows_BL, slots_BL)
@@ -247,7 +253,13 @@ def hidden_states(
 
 
 def cached_hidden_states(
-    params: Params, config: DecoderConfig, cache: Cache, *, tokens_BL: jax.Array, positions_BL: jax.Array, compute: Compute
+    params: Params,
+    config: DecoderConfig,
+    cache: Cache,
+    *,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    compute: Compute,
 ) -> tuple[jax.Array, Cache]:
     """As `hidden_states` for new tokens that follow those in the cache; a position beyond the cache's slots is not stored."""
     B, S = cache.k.shape[1:3]

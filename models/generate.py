@@ -126,7 +126,9 @@ def _round_up(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _prefill(params, tokens_BL, lengths_B, key, config: DecoderConfig, compute: Compute, sampling: Sampling, slots: int):
+def _prefill(
+    params, tokens_BL, lengths_B, key, config: DecoderConfig, compute: Compute, sampling: Sampling, slots: int
+):
     B, L = tokens_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (B, L))
     cache = empty_cache(config, rows=B, slots=slots, dtype=compute.dtype)

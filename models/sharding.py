@@ -37,7 +37,9 @@ def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None 
     if shape.count(-1) > 1 or min(size for size in (*shape, 1) if size != -1) < 1:
         raise ValueError(f"mesh: {asked}: sizes are positive, and one of them at most is -1 for the rest")
     if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
-        raise ValueError(f"mesh: {asked} takes a multiple of {fixed} devices, and there are {len(devices)}; change mesh.*")
+        raise ValueError(
+            f"mesh: {asked} takes a multiple of {fixed} devices, and there are {len(devices)}; change mesh.*"
+        )
     shape = [len(devices) // fixed if size == -1 else size for size in shape]
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

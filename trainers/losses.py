@@ -159,7 +159,9 @@ def _chunk_sums(hidden_TD, head_VD, targets_T, weights_T, flavour: Flavour) -> t
         entropy=(counted_T * entropy_T).sum(),
         correct=(counted_T * (label_T >= 0)).sum(),
     )
-    d_logits_TV = exp_TV * (weights_T / total_T)[:, None] - jnp.where(is_label_TV, ((1 - smooth) * weights_T)[:, None], 0.0)
+    d_logits_TV = exp_TV * (weights_T / total_T)[:, None] - jnp.where(
+        is_label_TV, ((1 - smooth) * weights_T)[:, None], 0.0
+    )
     if smooth:
         d_logits_TV -= (weights_T * (smooth / head_VD.shape[0]))[:, None]
     return sums, d_logits_TV

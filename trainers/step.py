@@ -51,7 +51,13 @@ class Step(NamedTuple):
 
 
 def build_step(
-    loss: Loss, optimizer: Optimizer, abstract_params: Params, *, mesh: Mesh, max_grad_norm: float | None, frozen: Any = None
+    loss: Loss,
+    optimizer: Optimizer,
+    abstract_params: Params,
+    *,
+    mesh: Mesh,
+    max_grad_norm: float | None,
+    frozen: Any = None,
 ) -> Step:
     """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not trained."""
     everywhere = NamedSharding(mesh, P())

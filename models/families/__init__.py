@@ -47,7 +47,9 @@ class Fields:
     def expect(self, name: str, *allowed: Any) -> None:
         """Accept a field only where its value asks for nothing that this port does not compute."""
         if (value := self.get(name, allowed[0])) not in allowed:
-            raise ValueError(f"not implemented yet: {name}: {value!r} in config.json (this port computes {allowed[0]!r} only)")
+            raise ValueError(
+                f"not implemented yet: {name}: {value!r} in config.json (this port computes {allowed[0]!r} only)"
+            )
 
     def finish(self) -> None:
         """Raise if a field was neither read nor known to be harmless: it might change the model's numbers."""
@@ -63,7 +65,9 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
     """The family module of a Hugging Face configuration, by its `model_type`."""
     kind = hf_config.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"not implemented yet: model_type {kind!r} in config.json; implemented: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"not implemented yet: model_type {kind!r} in config.json; implemented: {', '.join(sorted(FAMILIES))}"
+        )
     return importlib.import_module(FAMILIES[kind])
 
 

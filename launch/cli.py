@@ -1,0 +1,171 @@
+"""The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once.
+
+It ends with a code of `trainers.exits.Exit`; anything else is a fault of the program, with its traceback.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainers.exits import Exit
+
+ENDINGS = {"Diverged": Exit.DIVERGED, "Interrupted": Exit.PREEMPTED}
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train language models on JAX from one configuration file.",
+)
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+CONFIG_HELP = "YAML file, or Python file with get_config(arg), as file.py or file.py:arg."
+Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG_HELP)]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Folder or hub name of a model.")]
+MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0)]
+TopK = Annotated[int, typer.Option(help="Draw from the so many likeliest tokens only; 0: from all.", min=0)]
+TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that reach this probability.", min=0, max=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    context: typer.Context,
+    config: Config,
+    allow_config_change: Annotated[
+        bool, typer.Option(help="Resume even though settings of model, data or batch differ from the checkpoint's.")
+    ] = False,
+) -> None:
+    """Train as the file says. Any key can be set from here: --training.max_steps 10, --data.train.datasets[0].dataset_path x"""
+    from launch.train import run
+
+    run(_load(config, context.args), allow_config_change=allow_config_change)
+
+
+@app.command(context_settings=OVERRIDES)
+def check(context: typer.Context, config: Config) -> None:
+    """Resolve and check all that can be without training: keys, files, tokenizer, template, model, mesh, memory; show who set what."""
+    from launch.check import run
+
+    run(_load(config, context.args))
+
+
+@app.command(context_settings=OVERRIDES)
+def inspect(
+    context: typer.Context,
+    config: Config,
+    rows: Annotated[int, typer.Option(help="How many rows to show.", min=1)] = 3,
+    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+) -> None:
+    """Show rows of the data token by token, the trained ones coloured, and how long the rows are."""
+    from launch.inspect import run
+
+    run(_load(config, context.args), rows=rows, split=split)
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    system: System = None,
+    max_new_tokens: MaxNew = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model; its answer appears token by token. An empty line or Ctrl-D ends."""
+    from launch.talk import Options, chat
+
+    chat(model, system=system, options=Options(max_new_tokens, temperature, top_k, top_p, seed))
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[list[str], typer.Argument(help="What to answer; several prompts are answered together.")],
+    system: System = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Print a model's answer to each prompt."""
+    from launch.talk import Options, generate
+
+    generate(model, prompt, system=system, options=Options(max_new_tokens, temperature, top_k, top_p, seed))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder checkpoint-N of a run.")],
+    folder: Annotated[Path, typer.Argument(help="Where the model is written.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default: that of the run's own export.")
+    ] = None,
+) -> None:
+    """Write a checkpoint's model as a folder that transformers and vLLM load."""
+    from launch.export import run
+
+    run(checkpoint, folder, dtype=dtype)
+
+
+def main() -> None:
+    """The console script: errors that a user can mend are lines, not tracebacks."""
+    _own_packages()
+    try:
+        app()
+    except (ValueError, NotImplementedError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        _fail(error, Exit.BAD_INPUT)
+    except RuntimeError as error:
+        code = ENDINGS.get(type(error).__name__)  # by name: importing the classes would load jax
+        if code is None:
+            raise
+        _fail(error, Exit.INTERRUPTED if getattr(error, "signal", None) == signal.SIGINT else code)
+
+
+def _load(source: str, options: list[str]):
+    """The configuration, its notices logged; every problem is a line and exit code 2."""
+    from configs.load import load
+
+    loaded = load(source, options)
+    _start_logging(loaded.config.training.log_level, loaded.config.training.dep_log_level)
+    for notice in loaded.notices:
+        logging.getLogger("einkorn").info(notice)
+    return loaded
+
+
+def _start_logging(level: str, others: str) -> None:
+    """Our own loggers at `training.log_level`, those of libraries at `training.dep_log_level`."""
+    logging.basicConfig(level=others.upper(), format="%(message)s", stream=sys.stderr)
+    for name in ("einkorn", "configs", "input_pipeline", "models", "trainers", "launch"):
+        logging.getLogger(name).setLevel(level.upper())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _fail(error: BaseException, code: int) -> None:
+    if os.environ.get("EINKORN_DEBUG"):
+        raise error
+    for line in str(error).splitlines() or [type(error).__name__]:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _own_packages() -> None:
+    """Refuse to start with another distribution's `configs`, `models`, … in the place of ours."""
+    import configs
+
+    home = Path(__file__).resolve().parent.parent
+    if (found := Path(configs.__file__ or "").resolve().parent.parent) != home:
+        print(
+            f"error: `configs` is {found / 'configs'}, not einkorn's own in {home}; uninstall the other one",
+            file=sys.stderr,
+        )
+        sys.exit(Exit.BAD_INPUT)

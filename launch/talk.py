@@ -1,0 +1,111 @@
+"""`einkorn chat` and `einkorn generate`: a model folder answers."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from input_pipeline.tokenizer import load_tokenizer
+from models import hub, weights
+from models.decoder import DecoderConfig, Params, abstract_params
+from models.families import decoder_config
+from models.generate import generate as generate_ids
+from models.generate import stop_ids_of, stream
+from models.sharding import make_mesh, parameter_shardings
+
+
+class Options(NamedTuple):
+    """How answers are drawn."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+class Talker(NamedTuple):
+    """A model ready to answer."""
+
+    params: Params
+    config: DecoderConfig
+    tokenizer: Any
+    stop_ids: set[int]
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids that the model is given: through the chat template, or the last message alone where there is none."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(messages[-1]["content"])["input_ids"]
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def open_talker(name: str) -> Talker:
+    """Load a model folder (or hub name) with all its weights, in the dtype they are stored in, on the devices there are."""
+    folder = hub.resolve(name)
+    hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = decoder_config(hf_config)
+    dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    if jax.default_backend() == "cpu":
+        dtype = jnp.dtype("float32")  # CPUs compute bfloat16 by way of float32, much slower
+    shardings = parameter_shardings(abstract_params(config, dtype=dtype), make_mesh({"fsdp": -1}))
+    params = weights.load_params(folder, config, shardings=shardings, dtype=dtype)
+    tokenizer = load_tokenizer(str(folder))
+    return Talker(params, config, tokenizer, stop_ids_of(_generation_config(folder), tokenizer))
+
+
+def generate(name: str, prompts: Sequence[str], *, system: str | None, options: Options) -> None:
+    """Print the answer to each prompt, under the prompt where there are several."""
+    talker = open_talker(name)
+    ids = [talker.prompt_ids([*_system(system), {"role": "user", "content": prompt}]) for prompt in prompts]
+    answers = generate_ids(talker.params, talker.config, ids, stop_ids=talker.stop_ids, **options._asdict())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            print(f"> {prompt}")
+        print(talker.tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def chat(name: str, *, system: str | None, options: Options, ask: Callable[[str], str] = input) -> None:
+    """Read a line, stream the answer, and so on with the whole conversation; an empty line or the end of input ends."""
+    talker = open_talker(name)
+    print(f"{name}: an empty line ends.", file=sys.stderr)
+    messages = _system(system)
+    while question := _line(ask):
+        messages.append({"role": "user", "content": question})
+        tokens = stream(
+            talker.params,
+            talker.config,
+            talker.prompt_ids(messages),
+            stop_ids=talker.stop_ids,
+            **options._replace(seed=options.seed + len(messages))._asdict(),
+        )
+        answer: list[int] = []
+        shown = ""
+        for token in tokens:
+            answer.append(token)
+            text = talker.tokenizer.decode(answer, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # the last token may hold a part of a character only
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        messages.append({"role": "assistant", "content": shown})
+
+
+def _line(ask: Callable[[str], str]) -> str:
+    try:
+        return ask("you: ").strip()
+    except EOFError:
+        return ""
+
+
+def _system(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

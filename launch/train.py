@@ -1,0 +1,341 @@
+"""`einkorn train`: put a run together from its configuration, train, and leave a model that transformers loads."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from configs import derived
+from configs.load import Loaded, dump
+from input_pipeline.pipeline import Feed, eval_feed, train_feed
+from launch import assemble, distributed
+from launch.assemble import Model
+from launch.samples import Samples
+from models import weights
+from models.decoder import abstract_params
+from trainers import optim, schedules
+from trainers.checkpoint import Checkpoints, read_meta
+from trainers.loop import Every, Run, Schedule
+from trainers.loop import train as run_loop
+from trainers.metrics import Metrics
+from trainers.progress import Progress, final_block, start_block
+from trainers.resume import refuse_other_config
+from trainers.sft import sft_loss
+from trainers.step import Step, TrainState, build_step
+from trainers.throughput import Throughput, flops_per_token, peak_flops
+
+log = logging.getLogger("einkorn")
+
+
+def run(loaded: Loaded, *, allow_config_change: bool = False) -> None:
+    """Run the configuration to its end. What a user can mend is a ValueError; see `trainers.loop.train` for the rest."""
+    config = loaded.config
+    distributed.start()
+    mesh = assemble.prepare_devices(config)
+    model = assemble.open_model(config)
+    feed = train_data(config, model, mesh)
+    folder = Path(config.training.output_dir)
+    with Checkpoints(folder, keep=config.training.keep_checkpoints) as checkpoints:
+        _train(config, mesh, model, feed, checkpoints, allow_config_change=allow_config_change)
+
+
+def _train(
+    config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, checkpoints: Checkpoints, *, allow_config_change: bool
+) -> None:
+    training, folder = config.training, checkpoints.folder
+    plan = schedule_of(config, feed)
+    learning_rate = learning_rate_of(config, plan.steps)
+    step = step_of(config, model, mesh, learning_rate)
+    resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
+    samples = Samples.of(config, model)
+    if resumed is None:
+        params = assemble.load_weights(model, mesh, pretrained=config.model.load_pretrained_weights, seed=training.seed)
+        samples.before(params)
+        state, meta = step.init(params), {}
+    else:
+        state, meta = resumed
+    start = int(state.step)
+    with (
+        Metrics(
+            folder,
+            resume_step=start if resumed else None,
+            tensorboard=training.enable_tensorboard,
+            logging_dir=training.logging_dir,
+            wandb=_wandb(config, meta) if training.enable_wandb else None,
+        ) as metrics,
+        Progress(plan.steps, done_steps=start) as progress,
+    ):
+        progress.note(_beginning(config, mesh, model, feed, plan, start))
+        parts = Run(
+            step=step,
+            frozen=None,
+            mesh=mesh,
+            batches=feed.batches,
+            schedule=plan,
+            learning_rate=learning_rate,
+            metrics=metrics,
+            meter=_meter(model, mesh, plan, start, feed),
+            progress=progress,
+            checkpoints=checkpoints,
+            evaluation=_evaluation(config, model, mesh, feed),
+            meta={
+                "config": _plain(config),
+                "config_text": dump(config),
+                "rows_per_step": rows_per_step(config, mesh),
+                "model": {"folder": str(model.folder), "hf_config": model.hf_config},
+            },
+            tokens_seen=int(meta.get("tokens_seen", 0)),
+        )
+        began = time.monotonic()
+        state = run_loop(parts, state)
+        metrics.write_trainer_state(
+            metrics.trainer_state(
+                int(state.step),
+                max_steps=plan.steps,
+                epoch=int(state.step) / plan.steps_per_epoch if plan.steps_per_epoch else 0.0,
+                num_train_epochs=int(training.num_train_epochs),
+                saved_steps=checkpoints.steps(),
+            )
+        )
+        if training.save_final_model:
+            export(folder, state.params, model)
+        samples.after(state.params)
+        report = None
+        progress.note(
+            final_block(
+                output_dir=training.output_dir,
+                steps=int(state.step) - start,
+                seconds=time.monotonic() - began,
+                values={},
+                report=report,
+                exported=training.save_final_model,
+            )
+        )
+
+
+def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
+    """The training batches; logs what became of the rows."""
+    training = config.training
+    feed = train_feed(
+        config.data,
+        model.tokenizer,
+        rows_per_step=rows_per_step(config, mesh),
+        accumulation=training.gradient_accumulation_steps,
+        epochs=training.num_train_epochs if training.max_steps <= 0 else None,
+        seed=training.data_seed,
+        shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
+        drop_last=training.trainer_kwargs.dataloader_drop_last,
+        **_masking(config),
+    )
+    for notice in feed.notices:
+        log.info(notice)
+    return feed
+
+
+def rows_per_step(config: ConfigDict, mesh: Mesh) -> int:
+    """Rows of one optimizer step over all devices: those that share a row (tensor, context) count as one."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    return config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps * replicas
+
+
+def schedule_of(config: ConfigDict, feed: Feed) -> Schedule:
+    """How long the run goes, and what is due when."""
+    training = config.training
+    steps = training.max_steps if training.max_steps > 0 else feed.steps
+    assert steps is not None
+
+    def every(strategy: str, count: int) -> Every:
+        return Every(steps=count if strategy == "steps" else None, epoch=strategy == "epoch")
+
+    save = Every(steps=training.save_steps) if training.save_steps > 0 else Every(epoch=training.save_epoch)
+    return Schedule(
+        steps=steps,
+        steps_per_epoch=feed.steps_per_epoch,
+        log=every(training.logging_strategy, training.logging_steps),
+        log_first=training.logging_first_step,
+        evaluate=every(training.eval_strategy, training.eval_steps),
+        save=save,
+    )
+
+
+def learning_rate_of(config: ConfigDict, steps: int) -> Callable[[Any], Any]:
+    """The learning rate by optimizer step, counted from 0."""
+    training = config.training
+    return schedules.schedule(
+        training.lr_scheduler_type,
+        learning_rate=training.learning_rate,
+        steps=steps,
+        warmup_steps=training.warmup_steps,
+        warmup_ratio=training.warmup_ratio,
+        **dict(training.lr_scheduler_kwargs),
+    )
+
+
+def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any]) -> Step:
+    """The compile-ready step of the method that the configuration names."""
+    training = config.training
+    optimizer = optim.build(
+        training.optimizer,
+        schedule=learning_rate,
+        weight_decay=training.weight_decay,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        momentum=training.sgd_momentum,
+    )
+    loss = sft_loss(
+        model.config,
+        compute=assemble.compute_of(config, model),
+        kind=training.trainer_kwargs.loss_type,
+        label_smoothing=training.trainer_kwargs.label_smoothing_factor,
+    )
+    abstract = abstract_params(model.config, dtype=model.dtype)
+    return build_step(loss, optimizer, abstract, mesh=mesh, max_grad_norm=training.max_grad_norm)
+
+
+def export(folder: Path, params: Any, model: Model) -> None:
+    """Write the model and its tokenizer to `folder`, as transformers and vLLM load them."""
+    weights.save_folder(
+        folder,
+        params,
+        model.config,
+        hf_config=model.hf_config,
+        dtype=model.dtype,
+        tokenizer=model.tokenizer,
+        generation_config=model.generation_config,
+    )
+
+
+class _Resumed(NamedTuple):
+    state: TrainState
+    meta: dict[str, Any]
+
+
+def _resume(
+    config: ConfigDict, checkpoints: Checkpoints, step: Step, model: Model, feed: Feed, *, allow_config_change: bool
+) -> _Resumed | None:
+    """The state to go on from, if the configuration asks for one and there is one; also moves the feed to its place."""
+    training = config.training
+    which: str | int | None = training.resume_from_checkpoint
+    if which is None and training.try_resume_from_last_checkpoint:
+        which = checkpoints.latest()
+        if which is None:
+            log.warning("no checkpoint in %s: starting afresh", checkpoints.folder)
+    if which is None:
+        return None
+    meta = read_meta(checkpoints.find(which))
+    for line in refuse_other_config(
+        meta["config"],
+        _plain(config),
+        same_rows_per_step=feed.batches.get_state()["data"]["rows_per_step"] == meta["rows_per_step"],
+        allowed=allow_config_change,
+        how_to_allow="pass --allow-config-change",
+    ):
+        log.warning("since the checkpoint: %s", line)
+    abstract = jax.eval_shape(step.init.jitted, abstract_params(model.config, dtype=model.dtype))  # type: ignore[attr-defined]
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, step.shardings
+    )
+    restored = checkpoints.restore(which, abstract)
+    feed.batches.set_state(restored.data_state)
+    return _Resumed(restored.state, restored.meta)
+
+
+def _evaluation(config: ConfigDict, model: Model, mesh: Mesh, feed: Feed) -> Callable[[], Iterator[Any]] | None:
+    """A function that begins a pass over the validation split, or None where nothing is evaluated."""
+    training = config.training
+    if training.eval_strategy == "no" or not config.data.validation.datasets:
+        return None
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    validation = eval_feed(
+        config.data,
+        model.tokenizer,
+        rows_per_step=training.per_device_eval_batch_size * replicas,
+        seed=training.data_seed,
+        **_masking(config),
+    )
+    beginning = validation.batches.get_state()
+
+    def again() -> Iterator[Any]:
+        validation.batches.set_state(beginning)
+        return validation.batches
+
+    return again
+
+
+def _masking(config: ConfigDict) -> dict[str, Any]:
+    kwargs = config.training.trainer_kwargs
+    return {
+        "max_length": derived.max_length(config),
+        "completion_only_loss": kwargs.completion_only_loss,
+        "assistant_only_loss": kwargs.assistant_only_loss,
+        "text_field": kwargs.dataset_text_field,
+    }
+
+
+def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> Throughput:
+    _, in_products = assemble.parameter_count(model)
+    flops = flops_per_token(
+        trained=in_products,
+        layers=model.config.layers,
+        heads=model.config.heads,
+        head_dim=model.config.head_width,
+        context=feed.counts.tokens / max(feed.counts.used, 1),
+    )
+    device = mesh.devices.flat[0]
+    return Throughput(
+        total_steps=plan.steps,
+        done_steps=start,
+        devices=mesh.size,
+        flops_per_token=flops,
+        device_peak=peak_flops(device.device_kind),
+    )
+
+
+def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: Schedule, start: int) -> str:
+    """What the log begins with."""
+    total, _ = assemble.parameter_count(model)
+    counts = feed.counts
+    data = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
+    refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
+    data += "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
+    packed = [("packing", f"{100 * feed.useful:.1f} % of each row is used")] if feed.useful is not None else []
+    return start_block(
+        title=f"einkorn: {config.training.trainer_type} of {config.model.model_name}",
+        device_kind=mesh.devices.flat[0].device_kind,
+        devices=mesh.size,
+        processes=jax.process_count(),
+        mesh=mesh.shape,
+        parameters=total,
+        trained=total,
+        rows_per_step=rows_per_step(config, mesh),
+        row_length=feed.longest,
+        total_steps=plan.steps,
+        done_steps=start,
+        epochs=config.training.num_train_epochs if config.training.max_steps <= 0 else None,
+        resumed_from=f"checkpoint-{start}" if start else None,
+        output_dir=config.training.output_dir,
+        more=[("data", data), *packed],
+    )
+
+
+def _wandb(config: ConfigDict, meta: dict[str, Any]) -> dict[str, Any]:
+    name = derived.run_name(config)
+    return {
+        "config": _plain(config),
+        **({"name": name} if name else {}),
+        **({"id": meta["wandb_id"]} if meta.get("wandb_id") else {}),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as dicts, lists and scalars."""
+    if isinstance(value, (ConfigDict, dict)):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value

@@ -1,0 +1,240 @@
+"""The training loop, for every method: a batch, a step, a line in the log, now and then an evaluation and a checkpoint.
+
+The host stays one step ahead of the devices: what a step found is read while the next one runs. Only a log line, an evaluation or a
+checkpoint waits for the devices.
+"""
+
+import contextlib
+import logging
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from models.sharding import batch_sharding
+from trainers.checkpoint import Checkpoints
+from trainers.losses import Sum
+from trainers.metrics import Metrics, Window
+from trainers.progress import Progress
+from trainers.step import Batch, Step, TrainState
+from trainers.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+HostBatch = dict[str, np.ndarray]
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient was not finite."""
+
+
+class _Found(NamedTuple):
+    """What a step found, not yet looked at, and where its rows came from."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    rows: list[str]
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop, and its state was saved; `signal` is its number."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
+
+
+class Every(NamedTuple):
+    """When something is due: every so many steps, at the end of each epoch, or never (None and False)."""
+
+    steps: int | None = None
+    epoch: bool = False
+
+    def due(self, step: int, steps_per_epoch: float | None) -> bool:
+        """Whether it is due after optimizer step `step` (from 1)."""
+        if self.steps:
+            return step % self.steps == 0
+        if self.epoch and steps_per_epoch:
+            return math.floor(step / steps_per_epoch + 1e-6) > math.floor((step - 1) / steps_per_epoch + 1e-6)
+        return False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run goes, and what it does on the way."""
+
+    steps: int
+    steps_per_epoch: float | None
+    log: Every
+    log_first: bool
+    evaluate: Every
+    save: Every
+
+
+@dataclass
+class Run:
+    """The parts of one run. `batches` gives host batches of all processes and has get_state and set_state; `evaluation` makes a fresh
+    iterator over the validation split. `meta` is saved with every checkpoint."""
+
+    step: Step
+    frozen: Any
+    mesh: Mesh
+    batches: Any
+    schedule: Schedule
+    learning_rate: Callable[[int], Any]
+    metrics: Metrics
+    meter: Throughput
+    progress: Progress
+    checkpoints: Checkpoints
+    evaluation: Callable[[], Iterator[HostBatch]] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tokens_seen: int = 0
+
+
+def train(run: Run, state: TrainState) -> TrainState:
+    """Train from `state` to the last step, and return the state then.
+
+    Raises Diverged where the loss is not finite (the state is as before that step, and its checkpoint is named), Interrupted after a
+    SIGTERM or Ctrl-C, once the state is saved.
+    """
+    window = Window()
+    start = done = int(state.step)
+    losses = Sum(np.float64(0), np.float64(0))
+    before: _Found | None = None
+    with _signals() as stop:
+        while done < run.schedule.steps:
+            with run.meter.waiting_for_data():
+                host = next(run.batches)
+                batch = device_batch(host, run.mesh)
+            state, found = run.step.train(state, run.frozen, batch)
+            done += 1
+            _judge(run, before)
+            before = _Found(done, found, run.batches.rows())
+            tokens = int(np.count_nonzero(host["segments"]))
+            run.tokens_seen += tokens
+            run.meter.step(tokens=tokens, rows=int(host["segments"].any(axis=-1).sum()))
+            window.add({name: (value, 1.0) for name, value in found.items() if name != "halted"})
+            last = done == run.schedule.steps or stop.number is not None
+            if _due(run, run.schedule.log, done) or (done == 1 and run.schedule.log_first) or last:
+                before = _judge(run, before)
+                losses = _log(run, window, done, losses, steps=done - start - int(losses.count))
+            run.progress.advance(done)
+            if run.evaluation is not None and _due(run, run.schedule.evaluate, done):
+                before = _judge(run, before)
+                _evaluate(run, state, done)
+            if _due(run, run.schedule.save, done) or stop.number is not None:
+                before = _judge(run, before)
+                _save(run, state, done)
+            if stop.number is not None:
+                run.checkpoints.wait()
+                name = signal.Signals(stop.number).name
+                raise Interrupted(f"{name}: stopped at step {done}, saved as checkpoint-{done}", stop.number)
+        _judge(run, before)
+    run.metrics.log(done, {**run.meter.summary(), "train_loss": float(losses.mean())}, epoch=_epoch(run, done))
+    return state
+
+
+def device_batch(host: HostBatch, mesh: Mesh) -> Batch:
+    """Put a host batch [A, B, L] of all processes on the mesh; each process hands over the part that its devices hold."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in host.items()
+    }
+
+
+def evaluate(step: Step, params: Any, frozen: Any, mesh: Mesh, batches: Iterator[HostBatch]) -> dict[str, float]:
+    """The means of the method's sums over all batches: exact over tokens, however they are batched."""
+    sums: dict[str, Sum] | None = None
+    for host in batches:
+        found = step.evaluate(params, frozen, device_batch(host, mesh))
+        sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
+    if sums is None:
+        raise ValueError("the validation split has no usable rows")
+    return {name: float(each.mean()) for name, each in sums.items()}
+
+
+def _log(run: Run, window: Window, done: int, losses: Sum, *, steps: int) -> Sum:
+    """Log the means of the last `steps` steps; returns the sum of all losses so far."""
+    means = window.means()
+    rates = run.meter.read()
+    values = {**means, "learning_rate": float(run.learning_rate(done - 1)), "num_tokens": run.tokens_seen, **rates}
+    run.progress.show(done, run.metrics.log(done, values, epoch=_epoch(run, done)))
+    return Sum(losses.total + means["loss"] * steps, losses.count + steps)
+
+
+def _evaluate(run: Run, state: TrainState, done: int) -> None:
+    assert run.evaluation is not None
+    with run.meter.pause():
+        means = evaluate(run.step, state.params, run.frozen, run.mesh, run.evaluation())
+    values = {f"eval_{name}": value for name, value in means.items()}
+    run.progress.show(done, run.metrics.log(done, values, epoch=_epoch(run, done)))
+
+
+def _save(run: Run, state: TrainState, done: int) -> None:
+    epoch = _epoch(run, done) or 0.0
+    with run.meter.pause():
+        text = run.metrics.trainer_state(
+            done, max_steps=run.schedule.steps, epoch=epoch, saved_steps=[*run.checkpoints.steps(), done]
+        )
+        meta = {**run.meta, "tokens_seen": run.tokens_seen, "wandb_id": run.metrics.wandb_id}
+        run.metrics.flush()
+        run.checkpoints.save(
+            done, state, data_state=run.batches.get_state(), meta=meta, files={"trainer_state.json": text}
+        )
+
+
+def _judge(run: Run, found: _Found | None) -> None:
+    """Wait for a step's metrics and raise if it was not finite. Returns None: it has been judged."""
+    if found is None or not bool(found.metrics["halted"]):
+        return
+    run.checkpoints.wait()
+    saved = run.checkpoints.steps()
+    good = f"checkpoint-{saved[-1]} is the last good one" if saved else "there is no checkpoint"
+    rows = ", ".join(found.rows[:8]) + (f" and {len(found.rows) - 8} more" if len(found.rows) > 8 else "")
+    raise Diverged(
+        f"step {found.step} gave loss {float(found.metrics['loss'])} and gradient norm {float(found.metrics['grad_norm'])}, and was not "
+        f"applied; {good}. Its rows: {rows}. Look at them with `einkorn inspect`, or lower training.learning_rate"
+    )
+
+
+def _due(run: Run, every: Every, done: int) -> bool:
+    return every.due(done, run.schedule.steps_per_epoch)
+
+
+def _epoch(run: Run, done: int) -> float | None:
+    return done / run.schedule.steps_per_epoch if run.schedule.steps_per_epoch else None
+
+
+class _Stop:
+    """Which signal has asked to stop, if any."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Let the first SIGTERM or Ctrl-C finish the step and save; the second one acts at once."""
+    stop = _Stop()
+    former: dict[int, Any] = {}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.number = number
+        log.warning("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+        signal.signal(number, former[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            former[number] = signal.signal(number, ask)
+    except ValueError:
+        former = {}  # not the main thread: signals are somebody else's
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
