@@ -1,4 +1,6 @@
-"""From a configuration to the parts of a run: devices, model, tokenizer, optimizer. Every key of `model` is read here or in `configs.derived`."""
+"""From a configuration to the parts of a run: devices, model, tokenizer, optimizer. Every key of `model` is read here
+or in `configs.derived`.
+"""
 
 import json
 import logging
@@ -32,7 +34,9 @@ class Model(NamedTuple):
 
 
 def prepare_devices(config: ConfigDict) -> Mesh:
-    """The mesh of this run; also turns on the cache of compiled programs and, on CPU, keeps freed memory for the next step."""
+    """The mesh of this run; also turns on the cache of compiled programs and, on CPU, keeps freed memory for the next
+    step.
+    """
     if cache := config.training.compile_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -56,8 +60,8 @@ def open_model(config: ConfigDict) -> Model:
     decoder = decoder_config(hf_config)
     if len(tokenizer) > decoder.vocabulary:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {decoder.vocabulary} (vocab_size): they do not belong together; "
-            f"change model.tokenizer_name"
+            f"the tokenizer has {len(tokenizer)} tokens and the model {decoder.vocabulary} (vocab_size): they do not "
+            f"belong together; change model.tokenizer_name"
         )
     generation = folder / "generation_config.json"
     dtype = _dtype(model.torch_dtype_str, hf_config, folder, read=model.load_pretrained_weights)
@@ -114,7 +118,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees: mapping it afresh costs a page fault every 4 KB, seconds in a large step."""
+    """Let the C library keep the memory that a step frees: mapping it afresh costs a page fault every 4 KB, seconds in
+    a large step.
+    """
     import ctypes
 
     trim_threshold, mmap_max = -1, -4  # mallopt's numbers for M_TRIM_THRESHOLD and M_MMAP_MAX

@@ -43,7 +43,9 @@ def train(
         bool, typer.Option(help="Resume even though settings of model, data or batch differ from the checkpoint's.")
     ] = False,
 ) -> None:
-    """Train as the file says. Any key can be set from here: --training.max_steps 10, --data.train.datasets[0].dataset_path x"""
+    """Train as the file says. Any key can be set from here: --training.max_steps 10,
+    --data.train.datasets[0].dataset_path x
+    """
     from launch.train import run
 
     run(_load(config, context.args), allow_config_change=allow_config_change)
@@ -51,7 +53,9 @@ def train(
 
 @app.command(context_settings=OVERRIDES)
 def check(context: typer.Context, config: Config) -> None:
-    """Resolve and check all that can be without training: keys, files, tokenizer, template, model, mesh, memory; show who set what."""
+    """Resolve and check all that can be without training: keys, files, tokenizer, template, model, mesh, memory; show
+    who set what.
+    """
     from launch.check import run
 
     run(_load(config, context.args))

@@ -1,4 +1,5 @@
-"""Start of the processes of one run, from what the environment says: TPU pod, SLURM, Open MPI, Kubernetes, or an explicit address.
+"""Start of the processes of one run, from what the environment says: TPU pod, SLURM, Open MPI, Kubernetes, or an
+explicit address.
 
 An explicit start sets, for each process: `EINKORN_COORDINATOR=host:port`, `EINKORN_PROCESSES=n`, `EINKORN_PROCESS=i`.
 """
@@ -13,7 +14,8 @@ EXPLICIT = ("EINKORN_COORDINATOR", "EINKORN_PROCESSES", "EINKORN_PROCESS")
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, object] | None:
-    """What `jax.distributed.initialize` is to be called with; empty where jax finds all by itself; None for a single process.
+    """What `jax.distributed.initialize` is to be called with; empty where jax finds all by itself; None for a single
+    process.
 
     Raises ValueError where an explicit start is half said.
     """

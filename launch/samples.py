@@ -37,7 +37,9 @@ class Samples:
 
     @classmethod
     def of(cls, config: ConfigDict, model: Model) -> "Samples":
-        """The first chats of a split that end with an answer; none with several processes, or where rows are no chats."""
+        """The first chats of a split that end with an answer; none with several processes, or where rows are no
+        chats.
+        """
         split = config.data.validation if config.data.validation.datasets else config.data.train
         if jax.process_count() > 1 or not model.tokenizer.chat_template:
             return cls(model, [])

@@ -45,7 +45,9 @@ class Talker(NamedTuple):
 
 
 def open_talker(name: str) -> Talker:
-    """Load a model folder (or hub name) with all its weights, in the dtype they are stored in, on the devices there are."""
+    """Load a model folder (or hub name) with all its weights, in the dtype they are stored in, on the devices there
+    are.
+    """
     folder = hub.resolve(name)
     hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = decoder_config(hf_config)

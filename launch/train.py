@@ -33,7 +33,9 @@ log = logging.getLogger("einkorn")
 
 
 def run(loaded: Loaded, *, allow_config_change: bool = False) -> None:
-    """Run the configuration to its end. What a user can mend is a ValueError; see `trainers.loop.train` for the rest."""
+    """Run the configuration to its end. What a user can mend is a ValueError; see `trainers.loop.train` for the
+    rest.
+    """
     config = loaded.config
     distributed.start()
     mesh = assemble.prepare_devices(config)
@@ -56,7 +58,7 @@ def _train(
     if resumed is None:
         params = assemble.load_weights(model, mesh, pretrained=config.model.load_pretrained_weights, seed=training.seed)
         samples.before(params)
-        state, meta = step.init(params), {}
+        state, meta = step.init(params), dict[str, Any]()
     else:
         state, meta = resumed
     start = int(state.step)

@@ -1,8 +1,8 @@
 """Attention: one signature, an ordered list of backends, each of which says why it cannot run.
 
-B rows, L queries, S keys, N query heads, K key heads, G = N / K query heads for each key head, H head width.
-A query sees a key of the same segment at the same or an earlier position. Every packed document is its own segment, so documents in a row
-do not see one another; positions restart in each.
+B rows, L queries, S keys, N query heads, K key heads, G = N / K query heads for each key head, H head width. A query
+sees a key of the same segment at the same or an earlier position. Every packed document is its own segment, so
+documents in a row do not see one another; positions restart in each.
 """
 
 import functools
@@ -42,9 +42,11 @@ class Backend(NamedTuple):
 def attend(
     q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float, backend: str = "auto"
 ) -> jax.Array:
-    """Softmax attention [B, L, N, H] of each query over the keys that `where` lets it see; scores and softmax in float32.
+    """Softmax attention [B, L, N, H] of each query over the keys that `where` lets it see; scores and softmax in
+    float32.
 
-    `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run is a ValueError.
+    `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run
+    is a ValueError.
     """
     return BACKENDS[pick(backend, jax.default_backend())].attend(q_BLNH, k_BSKH, v_BSKH, where=where, scale=scale)
 
@@ -62,7 +64,7 @@ def pick(name: str, platform: str) -> str:
                 f"attention backend {name!r} cannot run on {platform}: {reason} (model.attn_implementation)"
             )
         return name
-    refused = {}
+    refused: dict[str, str] = {}
     for candidate, backend in BACKENDS.items():
         if (reason := backend.refuses(platform)) is None:
             log.info("attention: %s on %s%s", candidate, platform, f" (not {refused})" if refused else "")
@@ -72,7 +74,9 @@ def pick(name: str, platform: str) -> str:
 
 
 def _xla(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float) -> jax.Array:
-    """Plain XLA. The G query heads of a key head are folded into its queries (Q = G L): few large products instead of many small ones."""
+    """Plain XLA. The G query heads of a key head are folded into its queries (Q = G L): few large products instead of
+    many small ones.
+    """
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
     G = N // K

@@ -1,9 +1,11 @@
 """The decoder: token ids → hidden states → vocabulary, for every family.
 
-B rows, L tokens, D width, N query heads, K key heads, H head width, F width of the MLP, V vocabulary, n layers, S slots of the cache.
+B rows, L tokens, D width, N query heads, K key heads, H head width, F width of the MLP, V vocabulary, n layers, S slots
+of the cache.
 
-Modules are Flax NNX, built once without arrays and split; from there on parameters are a plain nested dict whose layers are stacked on a
-leading axis. `jax.lax.scan` runs them and merges one layer into its module at trace time, so that compile time does not grow with depth.
+Modules are Flax NNX, built once without arrays and split; from there on parameters are a plain nested dict whose layers
+are stacked on a leading axis. `jax.lax.scan` runs them and merges one layer into its module at trace time, so that
+compile time does not grow with depth.
 """
 
 import functools
@@ -24,7 +26,9 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What a checkpoint decides. No field has a default: a family that forgets one is a TypeError, not another model."""
+    """What a checkpoint decides. No field has a default: a family that forgets one is a TypeError, not another
+    model.
+    """
 
     vocabulary: int
     width: int
@@ -45,7 +49,9 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Compute:
-    """How to compute, which no checkpoint decides: dtype of activations, attention backend, what to recompute, layers in one scan step."""
+    """How to compute, which no checkpoint decides: dtype of activations, attention backend, what to recompute, layers
+    in one scan step.
+    """
 
     dtype: Any = jnp.float32
     attention: str = "auto"
@@ -76,7 +82,9 @@ REMAT: dict[str, Any] = {
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (arXiv:1910.07467, eq. 4), scaled in the dtype of its input, as transformers does."""
+    """Root-mean-square norm in float32 (arXiv:1910.07467, eq. 4), scaled in the dtype of its input, as transformers
+    does.
+    """
 
     def __init__(self, width: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones((width,)))
@@ -101,8 +109,8 @@ def _linear(inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Lin
 def _flat_dot(x_BLD: jax.Array, kernel_DF: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
     """A product of matrices, [B L, D] by [D, F], in both passes.
 
-    XLA on CPU transposes whole activations for a weight gradient that sums over two dimensions, which took longer than the product itself.
-    Merging rows and tokens costs nothing unless both are split over devices; then they stay apart.
+    XLA on CPU transposes whole activations for a weight gradient that sums over two dimensions, which took longer than
+    the product itself. Merging rows and tokens costs nothing unless both are split over devices; then they stay apart.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if x_BLD.ndim != 3 or (not mesh.empty and mesh.shape["context"] > 1):
@@ -180,7 +188,9 @@ class Road(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """The whole cache and the layer that is being computed: written in place, since a scan would copy what it slices."""
+    """The whole cache and the layer that is being computed: written in place, since a scan would copy what it
+    slices.
+    """
 
     cache: Cache
     layer: jax.Array
@@ -188,7 +198,9 @@ class LayerCache(NamedTuple):
     def write(
         self, k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BL: jax.Array
     ) -> tuple[jax.Array, jax.Array, "LayerCache"]:
-        """Put new keys and values into their slots; returns this layer's keys and values [B, S, K, H], and the new cache."""
+        """Put new keys and values into their slots; returns this layer's keys and values [B, S, K, H], and the new
+        cache.
+        """
         rows_BL = jnp.arange(slots_BL.shape[0])[:, None] + jnp.zeros_like(slots_BL)
         at = (self.layer, rows_BL, slots_BL)
         cache = Cache(
@@ -261,7 +273,9 @@ def cached_hidden_states(
     positions_BL: jax.Array,
     compute: Compute,
 ) -> tuple[jax.Array, Cache]:
-    """As `hidden_states` for new tokens that follow those in the cache; a position beyond the cache's slots is not stored."""
+    """As `hidden_states` for new tokens that follow those in the cache; a position beyond the cache's slots is not
+    stored.
+    """
     B, S = cache.k.shape[1:3]
     slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (B, S))
     where = Where(positions_BL, slots_BS, jnp.ones_like(positions_BL), jnp.ones_like(slots_BS))

@@ -2,8 +2,8 @@
 
 B rows, L prompt tokens (padded on the right), S slots of the cache, T new tokens, V vocabulary.
 
-Each row stands at its own length, so prompts need no padding on the left. What is drawn for a row depends on (seed, row, position) alone:
-not on the other rows, the block length or the devices.
+Each row stands at its own length, so prompts need no padding on the left. What is drawn for a row depends on (seed,
+row, position) alone: not on the other rows, the block length or the devices.
 """
 
 import functools
@@ -21,7 +21,9 @@ BUCKET = 64  # prompts and caches are padded to multiples of this, so that few s
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn: greedily at temperature 0, else from softmax(logits / temperature) cut to `top_k` and `top_p` (0, 1: off)."""
+    """How the next token is drawn: greedily at temperature 0, else from softmax(logits / temperature) cut to `top_k`
+    and `top_p` (0, 1: off).
+    """
 
     temperature: float
     top_k: int
@@ -176,7 +178,9 @@ def _draw(logits_BV: jax.Array, key: jax.Array, position_B: jax.Array, sampling:
 
 
 def _cut(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Minus infinity for tokens outside of the `top_k` likeliest, and of the fewest whose probability reaches `top_p` (the likeliest stays)."""
+    """Minus infinity for tokens outside of the `top_k` likeliest, and of the fewest whose probability reaches `top_p`
+    (the likeliest stays).
+    """
     if sampling.top_k > 0:
         kth_B = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[1]))[0][:, -1]
         logits_BV = jnp.where(logits_BV < kth_B[:, None], -jnp.inf, logits_BV)

@@ -1,10 +1,11 @@
 """Rotary position embedding, and how its frequencies are scaled.
 
-B rows, L positions, N heads, H head width, P = H / 2 rotated pairs. Pairs are (h, h + P), as in Hugging Face checkpoints.
-Source: RoFormer, arXiv:2104.09864, eq. 34; the llama3 scaling is the one of Meta's Llama 3.1 release.
+B rows, L positions, N heads, H head width, P = H / 2 rotated pairs. Pairs are (h, h + P), as in Hugging Face
+checkpoints. Source: RoFormer, arXiv:2104.09864, eq. 34; the llama3 scaling is the one of Meta's Llama 3.1 release.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,9 @@ def rotate(x_BLNH: jax.Array, cos_BLP: jax.Array, sin_BLP: jax.Array) -> jax.Arr
 
 
 def rope_config(fields: Any, *, head_width: int) -> Rope:
-    """Frequencies from `config.json`, in transformers 5 form (`rope_parameters`) or the older `rope_theta` + `rope_scaling`."""
+    """Frequencies from `config.json`, in transformers 5 form (`rope_parameters`) or the older `rope_theta` +
+    `rope_scaling`.
+    """
     parameters = dict(fields.get("rope_parameters", {}) or fields.get("rope_scaling", {}))
     theta = parameters.pop("rope_theta", None) or fields["rope_theta"]
     fields.get("rope_theta", None)
@@ -68,7 +71,9 @@ def _llama3(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> np.ndarray:
-    """Slow pairs (wavelength beyond the trained context) are divided by `factor`, fast ones kept, those between interpolated."""
+    """Slow pairs (wavelength beyond the trained context) are divided by `factor`, fast ones kept, those between
+    interpolated.
+    """
     wavelength_P = 2 * math.pi / inverse_P
     trained = original_max_position_embeddings
     blend_P = (trained / wavelength_P - low_freq_factor) / (high_freq_factor - low_freq_factor)
@@ -76,4 +81,4 @@ def _llama3(
     return (1 - blend_P) * inverse_P / factor + blend_P * inverse_P
 
 
-SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3}
+SCALINGS: dict[str, Callable[..., np.ndarray]] = {"default": _default, "linear": _linear, "llama3": _llama3}

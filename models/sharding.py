@@ -1,8 +1,8 @@
 """The device mesh, where each parameter lies on it, and the constraints on activations.
 
-Axes: `data` (whole copies of the model), `fsdp` (parameters split, gathered when used), `tensor` (matrices split by head and by hidden
-unit), `context` (the sequence split). Rows of a batch are split over `data` and `fsdp`. The same code runs on one device, on eight fake
-ones and on a pod; an axis that does not divide a dimension is left out for it.
+Axes: `data` (whole copies of the model), `fsdp` (parameters split, gathered when used), `tensor` (matrices split by
+head and by hidden unit), `context` (the sequence split). Rows of a batch are split over `data` and `fsdp`. The same
+code runs on one device, on eight fake ones and on a pod; an axis that does not divide a dimension is left out for it.
 """
 
 import math
@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")
 
-# Path in the parameter tree → what each dimension is split over. The first match holds; layers carry a leading, unsplit axis.
+# Path in the parameter tree → what each dimension is split over. The first match holds; layers carry a leading, unsplit
+# axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
@@ -29,7 +30,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; one size may be -1 for the rest. ValueError if the sizes do not multiply to the devices there are."""
+    """A mesh over all devices; one size may be -1 for the rest. ValueError if the sizes do not multiply to the devices
+    there are.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(axis, 1) for axis in AXES]
     asked = dict(zip(AXES, shape, strict=True))
@@ -66,7 +69,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Ask XLA to keep `x` split over these mesh axes, one entry for each dimension; nothing outside of `jax.set_mesh`."""
+    """Ask XLA to keep `x` split over these mesh axes, one entry for each dimension; nothing outside of
+    `jax.set_mesh`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

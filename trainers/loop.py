@@ -1,7 +1,7 @@
 """The training loop, for every method: a batch, a step, a line in the log, now and then an evaluation and a checkpoint.
 
-The host stays one step ahead of the devices: what a step found is read while the next one runs. Only a log line, an evaluation or a
-checkpoint waits for the devices.
+The host stays one step ahead of the devices: what a step found is read while the next one runs. Only a log line, an
+evaluation or a checkpoint waits for the devices.
 """
 
 import contextlib
@@ -42,6 +42,13 @@ class _Found(NamedTuple):
     rows: list[str]
 
 
+class _Mean(NamedTuple):
+    """The sum of the losses of so many steps, on the host."""
+
+    total: float = 0.0
+    steps: int = 0
+
+
 class Interrupted(RuntimeError):
     """A signal asked the run to stop, and its state was saved; `signal` is its number."""
 
@@ -79,8 +86,8 @@ class Schedule:
 
 @dataclass
 class Run:
-    """The parts of one run. `batches` gives host batches of all processes and has get_state and set_state; `evaluation` makes a fresh
-    iterator over the validation split. `meta` is saved with every checkpoint."""
+    """The parts of one run. `batches` gives host batches of all processes and has get_state and set_state; `evaluation`
+    makes a fresh iterator over the validation split. `meta` is saved with every checkpoint."""
 
     step: Step
     frozen: Any
@@ -100,12 +107,12 @@ class Run:
 def train(run: Run, state: TrainState) -> TrainState:
     """Train from `state` to the last step, and return the state then.
 
-    Raises Diverged where the loss is not finite (the state is as before that step, and its checkpoint is named), Interrupted after a
-    SIGTERM or Ctrl-C, once the state is saved.
+    Raises Diverged where the loss is not finite (the state is as before that step, and its checkpoint is named),
+    Interrupted after a SIGTERM or Ctrl-C, once the state is saved.
     """
     window = Window()
     start = done = int(state.step)
-    losses = Sum(np.float64(0), np.float64(0))
+    losses = _Mean()
     before: _Found | None = None
     with _signals() as stop:
         while done < run.schedule.steps:
@@ -122,26 +129,30 @@ def train(run: Run, state: TrainState) -> TrainState:
             window.add({name: (value, 1.0) for name, value in found.items() if name != "halted"})
             last = done == run.schedule.steps or stop.number is not None
             if _due(run, run.schedule.log, done) or (done == 1 and run.schedule.log_first) or last:
-                before = _judge(run, before)
-                losses = _log(run, window, done, losses, steps=done - start - int(losses.count))
+                _judge(run, before)
+                losses = _log(run, window, done, losses, steps=done - start - losses.steps)
             run.progress.advance(done)
             if run.evaluation is not None and _due(run, run.schedule.evaluate, done):
-                before = _judge(run, before)
+                _judge(run, before)
                 _evaluate(run, state, done)
             if _due(run, run.schedule.save, done) or stop.number is not None:
-                before = _judge(run, before)
+                _judge(run, before)
                 _save(run, state, done)
             if stop.number is not None:
                 run.checkpoints.wait()
                 name = signal.Signals(stop.number).name
                 raise Interrupted(f"{name}: stopped at step {done}, saved as checkpoint-{done}", stop.number)
         _judge(run, before)
-    run.metrics.log(done, {**run.meter.summary(), "train_loss": float(losses.mean())}, epoch=_epoch(run, done))
+    run.metrics.log(
+        done, {**run.meter.summary(), "train_loss": losses.total / max(losses.steps, 1)}, epoch=_epoch(run, done)
+    )
     return state
 
 
 def device_batch(host: HostBatch, mesh: Mesh) -> Batch:
-    """Put a host batch [A, B, L] of all processes on the mesh; each process hands over the part that its devices hold."""
+    """Put a host batch [A, B, L] of all processes on the mesh; each process hands over the part that its devices
+    hold.
+    """
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in host.items()
@@ -159,13 +170,13 @@ def evaluate(step: Step, params: Any, frozen: Any, mesh: Mesh, batches: Iterator
     return {name: float(each.mean()) for name, each in sums.items()}
 
 
-def _log(run: Run, window: Window, done: int, losses: Sum, *, steps: int) -> Sum:
-    """Log the means of the last `steps` steps; returns the sum of all losses so far."""
+def _log(run: Run, window: Window, done: int, losses: _Mean, *, steps: int) -> _Mean:
+    """Log the means of the last `steps` steps; returns the mean over all so far."""
     means = window.means()
     rates = run.meter.read()
     values = {**means, "learning_rate": float(run.learning_rate(done - 1)), "num_tokens": run.tokens_seen, **rates}
     run.progress.show(done, run.metrics.log(done, values, epoch=_epoch(run, done)))
-    return Sum(losses.total + means["loss"] * steps, losses.count + steps)
+    return _Mean(losses.total + means["loss"] * steps, losses.steps + steps)
 
 
 def _evaluate(run: Run, state: TrainState, done: int) -> None:
@@ -190,16 +201,17 @@ def _save(run: Run, state: TrainState, done: int) -> None:
 
 
 def _judge(run: Run, found: _Found | None) -> None:
-    """Wait for a step's metrics and raise if it was not finite. Returns None: it has been judged."""
+    """Wait for a step's metrics and raise if it was not finite."""
     if found is None or not bool(found.metrics["halted"]):
         return
     run.checkpoints.wait()
     saved = run.checkpoints.steps()
     good = f"checkpoint-{saved[-1]} is the last good one" if saved else "there is no checkpoint"
     rows = ", ".join(found.rows[:8]) + (f" and {len(found.rows) - 8} more" if len(found.rows) > 8 else "")
+    loss, norm = float(found.metrics["loss"]), float(found.metrics["grad_norm"])
     raise Diverged(
-        f"step {found.step} gave loss {float(found.metrics['loss'])} and gradient norm {float(found.metrics['grad_norm'])}, and was not "
-        f"applied; {good}. Its rows: {rows}. Look at them with `einkorn inspect`, or lower training.learning_rate"
+        f"step {found.step} gave loss {loss} and gradient norm {norm}, and was not applied; {good}. Its rows: {rows}. "
+        f"Look at them with `einkorn inspect`, or lower training.learning_rate"
     )
 
 
@@ -229,8 +241,8 @@ def _signals() -> Iterator[_Stop]:
         signal.signal(number, former[number])
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            former[number] = signal.signal(number, ask)
+        for asked in (signal.SIGTERM, signal.SIGINT):
+            former[asked] = signal.signal(asked, ask)
     except ValueError:
         former = {}  # not the main thread: signals are somebody else's
     try:

@@ -2,13 +2,13 @@
 
 B rows, L positions, D width, V vocabulary, T tokens of one chunk.
 
-A mean over tokens is carried as (total, count) and divided once, by the step: the loss is then the same for every mesh, accumulation and
-packing. The vocabulary never materialises for all tokens: hidden states meet the head in chunks, supervised tokens first, and chunks with
-none are skipped.
+A mean over tokens is carried as (total, count) and divided once, by the step: the loss is then the same for every mesh,
+accumulation and packing. The vocabulary never materialises for all tokens: hidden states meet the head in chunks,
+supervised tokens first, and chunks with none are skipped.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class Sum(NamedTuple):
     """A mean not yet divided: float32 scalars `total` and `count`."""
 
     total: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, which nobody calls
 
     def mean(self) -> jax.Array:
         """`total / count`, and 0 where nothing was counted."""
@@ -28,7 +28,9 @@ class Sum(NamedTuple):
 
 
 class TokenSums(NamedTuple):
-    """Sums over supervised tokens, in nats: the loss, the entropy of the prediction, and how often the target ranked first."""
+    """Sums over supervised tokens, in nats: the loss, the entropy of the prediction, and how often the target ranked
+    first.
+    """
 
     loss: jax.Array
     entropy: jax.Array
@@ -55,10 +57,11 @@ def cross_entropy(
 ) -> tuple[Sum, dict[str, Sum]]:
     """Weighted cross-entropy of every target, and what a training log shows beside it.
 
-    Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained); `chunk`, how many tokens
-    of the batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is (1 - e) (-log p) + e mean_v(-log p_v); with
-    `detached_weight` it is -p log p with the first p held fixed (DFT, arXiv:2508.05629, eq. 9), and e has no effect.
-    Returns the loss in nats as a `Sum` over tokens, and `entropy` (nats) and `mean_token_accuracy` likewise; only the loss has a gradient.
+    Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained);
+    `chunk`, how many tokens of the batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is
+    (1 - e) (-log p) + e mean_v(-log p_v); with `detached_weight` it is -p log p with the first p held fixed (DFT,
+    arXiv:2508.05629, eq. 9), and e has no effect. Returns the loss in nats as a `Sum` over tokens, and `entropy` (nats)
+    and `mean_token_accuracy` likewise; only the loss has a gradient.
     """
     count = weights_BL.sum()
     flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight)
@@ -74,7 +77,9 @@ def _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, flavour) -> TokenSu
 
 
 def _forward(hidden_BLD, head_VD, targets_BL, weights_BL, flavour):
-    """Both gradients are formed while a chunk's logits are at hand: no second product with the vocabulary in the backward pass."""
+    """Both gradients are formed while a chunk's logits are at hand: no second product with the vocabulary in the
+    backward pass.
+    """
     sums, d_hidden_BLD, d_head_VD = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour, gradients=True)
     return sums, (d_hidden_BLD, d_head_VD)
 
@@ -106,7 +111,7 @@ def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour: Flavour, *, gra
         cut(jnp.take_along_axis(weights_BL, order_BL, axis=1)),
     )
     head_cast_VD = head_VD.astype(hidden_BLD.dtype)
-    d_head_VD = jnp.zeros_like(head_VD, dtype=jnp.float32) if gradients else None
+    d_head_VD: Any = jnp.zeros_like(head_VD, dtype=jnp.float32) if gradients else None
 
     def body(carry, piece):
         return jax.lax.cond((piece[2] > 0).any(), live, dead, carry, piece)

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: next-token cross-entropy over the trained tokens of each conversation (also what pretraining computes)."""
+"""Supervised fine-tuning: next-token cross-entropy over the trained tokens of each conversation (also what pretraining
+computes).
+"""
 
 from typing import Any
 
@@ -8,10 +10,11 @@ from trainers.step import Batch, Loss, Params
 
 
 def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", label_smoothing: float = 0.0) -> Loss:
-    """The loss of a microbatch [B, L] of `tokens, targets, weights, segments, positions`, as a `Sum` over trained tokens.
+    """The loss of a microbatch [B, L] of `tokens, targets, weights, segments, positions`, as a `Sum` over trained
+    tokens.
 
-    `kind` is TRL's `loss_type`: "nll", or "dft" (each token's loss weighted by its own probability, arXiv:2508.05629). `label_smoothing`
-    mixes in the mean over the vocabulary, as transformers' LabelSmoother; it has no effect on "dft".
+    `kind` is TRL's `loss_type`: "nll", or "dft" (each token's loss weighted by its own probability, arXiv:2508.05629).
+    `label_smoothing` mixes in the mean over the vocabulary, as transformers' LabelSmoother; it has no effect on "dft".
     """
 
     def loss(params: Params, frozen: Any, batch: Batch) -> tuple[Sum, dict[str, Sum]]:

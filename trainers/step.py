@@ -1,7 +1,7 @@
 """The training step: the only jit of training, for every method.
 
-A microbatches are accumulated by a scan; the loss is a `Sum` over all of them and over all devices, divided once at the end. Loss and
-gradients are therefore the same for every mesh, accumulation and packing.
+A microbatches are accumulated by a scan; the loss is a `Sum` over all of them and over all devices, divided once at the
+end. Loss and gradients are therefore the same for every mesh, accumulation and packing.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,18 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes: what a checkpoint must hold to go on bit for bit."""
+    """Everything a step changes, as arrays (or as their shardings): what a checkpoint holds to go on bit for bit."""
 
-    step: jax.Array  # int32, updates made so far
+    step: Any  # int32, updates made so far
     params: Params
     opt_state: Any
-    halted: jax.Array  # bool: a loss or gradient was not finite; from then on nothing changes
+    halted: Any  # bool: a loss or gradient was not finite; from then on nothing changes
 
 
 class Loss(Protocol):
-    """What a method brings: `loss(params, frozen, microbatch)` of arrays [B, L] → the loss as a `Sum`, and others for the log."""
+    """What a method brings: `loss(params, frozen, microbatch)` of arrays [B, L] → the loss as a `Sum`, and others for
+    the log.
+    """
 
     def __call__(self, params: Params, frozen: Any, batch: Batch, /) -> tuple[Sum, dict[str, Sum]]: ...
 
@@ -38,10 +40,9 @@ class Loss(Protocol):
 class Step(NamedTuple):
     """The compiled functions of a run, and where everything lies.
 
-    train(state, frozen, batch [A, B, L]) -> (state, metrics): donates `state`. Metrics are float32 scalars: `loss`, `grad_norm` (before
-    clipping) and those of the method, and `halted`.
-    evaluate(params, frozen, batch) -> {name: Sum}, with `loss` among them.
-    init(params) -> state, where params may be donated.
+    train(state, frozen, batch [A, B, L]) -> (state, metrics): donates `state`. Metrics are float32 scalars: `loss`,
+    `grad_norm` (before clipping) and those of the method, and `halted`. evaluate(params, frozen, batch) -> {name: Sum},
+    with `loss` among them. init(params) -> state, where params may be donated.
     """
 
     train: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -59,7 +60,9 @@ def build_step(
     max_grad_norm: float | None,
     frozen: Any = None,
 ) -> Step:
-    """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not trained."""
+    """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not
+    trained.
+    """
     everywhere = NamedSharding(mesh, P())
     param_shardings = parameter_shardings(abstract_params, mesh)
     shardings = TrainState(

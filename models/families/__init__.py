@@ -1,7 +1,9 @@
-"""Model families: how a Hugging Face `config.json` becomes a `DecoderConfig`, and where each parameter lies in its files.
+"""Model families: how a Hugging Face `config.json` becomes a `DecoderConfig`, and where each parameter lies in its
+files.
 
-A family is one module with `config(fields) -> DecoderConfig`, `WEIGHTS` (path in our tree → Hugging Face tensor name, `{i}` for the
-layer) and `IGNORED` (patterns of tensors that carry nothing). It is found by `model_type`; adding one is a file here and a line below.
+A family is one module with `config(fields) -> DecoderConfig`, `WEIGHTS` (path in our tree → Hugging Face tensor name,
+`{i}` for the layer) and `IGNORED` (patterns of tensors that carry nothing). It is found by `model_type`; adding one is
+a file here and a line below.
 """
 
 import importlib
@@ -15,17 +17,21 @@ FAMILIES = {
 
 # Fields that every Hugging Face configuration may carry and that do not change what a forward pass computes.
 HARMLESS = frozenset(
-    """
-    model_type architectures transformers_version torch_dtype dtype _name_or_path _attn_implementation_autoset auto_map use_cache
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_position_embeddings initializer_range
-    return_dict output_hidden_states output_attentions chunk_size_feed_forward id2label label2id problem_type finetuning_task
-    task_specific_params unsloth_version unsloth_fixed transformers.js_config is_llama_config
-    """.split()
+    {
+        *("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "transformers.js_config"),
+        *("torch_dtype", "dtype", "max_position_embeddings", "is_llama_config", "_attn_implementation_autoset"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "initializer_range"),
+        *("unsloth_version", "unsloth_fixed"),
+    }
 )
 
 
 class Fields:
-    """The fields of one `config.json`, remembering which were read, so that an unread one is an error and not a silent difference."""
+    """The fields of one `config.json`, remembering which were read, so that an unread one is an error and not a silent
+    difference.
+    """
 
     def __init__(self, hf_config: Mapping[str, Any]):
         self._values = dict(hf_config)
@@ -56,8 +62,8 @@ class Fields:
         if unread := sorted(set(self._values) - self._read - HARMLESS):
             kind = self._values.get("model_type")
             raise ValueError(
-                f"config.json has fields that the {kind!r} port does not know: {', '.join(unread)}. They could change what the model "
-                f"computes; if they do not, list them in models/families/__init__.py:HARMLESS"
+                f"config.json has fields that the {kind!r} port does not know: {', '.join(unread)}. They could change "
+                f"what the model computes; if they do not, list them in models/families/__init__.py:HARMLESS"
             )
 
 

@@ -1,4 +1,6 @@
-"""Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM and SmolLM2, R1 distills on Llama: the plain pre-norm decoder with rotary positions."""
+"""Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM and SmolLM2, R1 distills on Llama: the plain pre-norm decoder with rotary
+positions.
+"""
 
 from models.decoder import DecoderConfig
 from models.families import Fields
