@@ -21,10 +21,8 @@ import base64
 import contextlib
 import datetime
 import errno
-import importlib.metadata
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,13 +42,13 @@ from trainers.checkpoint_files import (
     refuse_damaged,
     size_of,
 )
+from trainers.environment import versions
 from trainers.manifest import write_manifest
 from trainers.processes import on_any_process, on_process_0
 from trainers.runlock import RunLock
 
 STATE, DATA_STATE, META = "state", "data_state.json", "meta.json"
 MAX_FAILED_SAVES = 3
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # files: OSError; TensorStore: ValueError; barriers: RuntimeError
 
 log = logging.getLogger(__name__)
@@ -303,24 +301,16 @@ class Checkpoints:
 
 
 def _about(step: int, state: Any) -> dict[str, Any]:
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
     about = {
         "format": 1,
         "step": step,
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processes": jax.process_count(),
         "devices": jax.device_count(),
-        "versions": versions,
+        "versions": versions(),
         "tree": fingerprint(state),
     }
     return {"checkpoint": about}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _bytes_of(state: Any) -> int:
