@@ -1,0 +1,166 @@
+"""What a dataset entry of the configuration means: which rows, in which format, with which tokens trained.
+
+`dataset_name` is one of the names below, or anything that `sources.open_rows` can open (a hub name,
+`file.py:function`); then the format is found from the first row.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from input_pipeline import formats
+from input_pipeline.examples import Example, RowError
+from input_pipeline.sources import Rows, open_rows, read
+
+FILES = ("text_sft", "text_sft_jsonl")  # rows from dataset_path
+ALPACA = ("tatsu-lab/alpaca", "yahma/alpaca-cleaned")  # hub names read with Alpaca's system prompt
+LATER = {
+    "vl_sft": "vision-language data",
+    "vl_sft_jsonl": "vision-language data",
+    "vision_language_jsonl": "vision-language data",
+    "preference_pairs_jsonl": "preference data",
+    "vision_dpo_jsonl": "preference data",
+    "text": "pretraining data",
+}
+NO_EFFECT = ("task", "return_tensors", "return_conversations", "return_conversations_format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One item of `data.<split>.datasets`, by the names of the configuration."""
+
+    dataset_name: str | None = None
+    dataset_path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    dataset_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sample_count: int | None = None
+    mixture_proportion: float | None = None
+    shuffle: bool = False
+    seed: int | None = None
+    transform_num_workers: int | str | None = None
+    streaming: bool = False
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Entry":
+        """The entry of a configuration; keys that data for SFT does not use are left to the configuration's own
+        rules."""
+        known = {f.name for f in fields(cls)}
+        given = {key: value for key, value in dict(entry).items() if key in known and value is not None}
+        given["dataset_kwargs"] = _plain(given.get("dataset_kwargs", {}))
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows with their format; `example(i)` is row i understood."""
+
+    rows: Rows
+    format: str
+    format_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    assistant_only: bool = False
+    required: tuple[str, ...] = ()  # strings that must occur in the rendered chat
+    notices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> Example:
+        """Row `index` understood; RowError names the file and the row."""
+        row = read(self.rows, index)
+        if not isinstance(row, Mapping):
+            raise RowError(f"{self.rows.where(index)}: a row must be an object, not {type(row).__name__}")
+        try:
+            return formats.load(self.format).parse(row, **self.format_kwargs)
+        except RowError as error:
+            raise RowError(f"{self.rows.where(index)}: {error}") from None
+
+
+def open_dataset(entry: Entry, *, skip_bad_rows: bool = False, text_field: str = "text") -> Dataset:
+    """Open the rows of an entry and settle their format, from `dataset_kwargs.format` or the first row (the first good
+    one with `skip_bad_rows`). `text_field` is the column of plain text rows."""
+    name = entry.dataset_name
+    if name in LATER:
+        raise NotImplementedError(f"not implemented yet: dataset_name {name!r} ({LATER[name]})")
+    if entry.streaming:
+        raise NotImplementedError("not implemented yet: streaming datasets")
+    ours, rest = _split_kwargs(entry)
+    rows = _open(entry, rest, hub_name=ours.get("dataset_name_override"))
+    format_kwargs: dict[str, Any] = {}
+    if name in ALPACA:
+        kind = "alpaca"
+        format_kwargs["system_prompt"] = bool(ours.get("include_system_prompt", True))
+    else:
+        text_field = ours.get("text_col", text_field)
+        kind = formats.canonical(ours["format"]) if ours.get("format") else _detect(rows, skip_bad_rows, text_field)
+        if kind == "text":
+            format_kwargs["field"] = text_field
+    return Dataset(
+        rows=rows,
+        format=kind,
+        format_kwargs=format_kwargs,
+        assistant_only=bool(ours.get("assistant_only", False)),
+        required=tuple(t for key in ("response_template", "instruction_template") if (t := ours.get(key))),
+        notices=tuple(f"dataset_kwargs.{key} has no effect here" for key in ours if key in NO_EFFECT),
+    )
+
+
+def _open(entry: Entry, kwargs: dict[str, Any], *, hub_name: str | None) -> Rows:
+    name = entry.dataset_name
+    if name in FILES and not entry.dataset_path:
+        raise ValueError(f"dataset_name {name!r} reads rows from a file: set dataset_path")
+    return open_rows(
+        None if name in FILES else hub_name or name,
+        os.fspath(entry.dataset_path) if entry.dataset_path else None,
+        subset=entry.subset,
+        split=entry.split,
+        kwargs=kwargs,
+    )
+
+
+_OURS = (
+    "format",
+    "assistant_only",
+    "response_template",
+    "instruction_template",
+    "include_system_prompt",
+    "dataset_name_override",
+    "text_col",
+    *NO_EFFECT,
+)
+
+
+def _split_kwargs(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """dataset_kwargs that mean something here, and the rest, which goes to the loader (for files there is none)."""
+    ours = {key: value for key, value in entry.dataset_kwargs.items() if key in _OURS}
+    rest = {key: value for key, value in entry.dataset_kwargs.items() if key not in _OURS}
+    if rest and (entry.dataset_path or entry.dataset_name in FILES):
+        key = next(iter(rest))
+        near = difflib.get_close_matches(key, _OURS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"dataset_kwargs.{key} is unknown{hint} Known for files: {', '.join(_OURS)}")
+    return ours, rest
+
+
+def _detect(rows: Rows, skip_bad_rows: bool, text_field: str) -> str:
+    first: RowError | None = None
+    for index in range(len(rows)):
+        try:
+            row = read(rows, index)
+            try:
+                return formats.detect(row, text_field)
+            except RowError as error:
+                raise RowError(f"{rows.where(index)}: {error}") from None
+        except RowError as error:
+            if not skip_bad_rows:
+                raise
+            first = first or error
+    if first is not None:
+        raise first
+    return "conversation"  # no rows at all: that is reported where rows are counted
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return dict(value.to_dict() if hasattr(value, "to_dict") else value)

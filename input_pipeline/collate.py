@@ -1,0 +1,71 @@
+"""Rows become batches: targets shifted within each document, rows padded to one length, microbatches stacked."""
+
+# A accumulation steps, B rows of a microbatch over all processes, L tokens of a row, n tokens of a line
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BUCKET = 64  # the shortest padded row
+
+
+class Line(NamedTuple):
+    """A row of a batch before padding, of one document or several: `columns` int32 [n, 3] of token, target, weight
+    (0 or 1), `segments` and `positions` int32 [n]; and which rows of the store it was made of."""
+
+    columns: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    rows: tuple[int, ...]
+
+
+def shift(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Columns int32 [n, 3] of a document: token, the next token as its target, and whether that one is trained.
+
+    The last token has no target (0, weight 0): it must never predict the first of another document.
+    """
+    columns = np.zeros((len(ids), 3), np.int32)
+    columns[:, 0] = ids
+    columns[:-1, 1] = ids[1:]
+    columns[:-1, 2] = trained[1:]
+    return columns
+
+
+def line_of(columns: np.ndarray, row: int) -> Line:
+    """The line of one document."""
+    return Line(columns, np.ones(len(columns), np.int32), np.arange(len(columns), dtype=np.int32), (row,))
+
+
+def bucket_length(longest: int, max_length: int) -> int:
+    """The smallest allowed row length that holds `longest` tokens: 64, 128, 192, 256, 384, 512, 768, … or `max_length`.
+
+    There are few, since each is a shape that the step is compiled for.
+    """
+    length = BUCKET
+    while length < longest:
+        power_of_two = length & (length - 1) == 0
+        length = 2 * length if length == BUCKET else length * 3 // 2 if power_of_two else length * 4 // 3
+    return max(longest, min(length, max_length))
+
+
+def collate(lines: Sequence[Line], *, accumulation: int, rows: int, length: int) -> dict[str, np.ndarray]:
+    """A batch of arrays [A, B, L] from up to A * B lines, the first B of them in the first microbatch; the rest stays
+    empty.
+
+    Returns tokens, targets, segments, positions (int32) and weights (float32), all 0 where there is no token.
+    """
+    columns_RL3 = np.zeros((accumulation * rows, length, 3), np.int32)
+    segments_RL, positions_RL = np.zeros(columns_RL3.shape[:2], np.int32), np.zeros(columns_RL3.shape[:2], np.int32)
+    for r, (columns, segments, positions, _) in enumerate(lines):
+        columns_RL3[r, : len(columns)] = columns
+        segments_RL[r, : len(columns)] = segments
+        positions_RL[r, : len(columns)] = positions
+    arrays = {
+        "tokens": np.ascontiguousarray(columns_RL3[..., 0]),
+        "targets": np.ascontiguousarray(columns_RL3[..., 1]),
+        "weights": columns_RL3[..., 2].astype(np.float32),
+        "segments": segments_RL,
+        "positions": positions_RL,
+    }
+    return {name: array.reshape(accumulation, rows, length) for name, array in arrays.items()}

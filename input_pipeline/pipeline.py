@@ -1,0 +1,215 @@
+"""From the data section of a configuration to batches: rows → examples → tokens → packed or padded rows → [A, B, L]."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from input_pipeline.batches import Batch, Batches
+from input_pipeline.collate import Line, bucket_length, collate, line_of, shift
+from input_pipeline.order import EpochOrder, permutation
+from input_pipeline.packing import Packed, plan
+from input_pipeline.reading import Data, read_data
+from input_pipeline.store import Counts, TokenStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """Batches, and what is known beforehand about them."""
+
+    batches: Batches
+    steps: int | None  # optimizer steps until the epochs are used up; None: without end
+    steps_per_epoch: int
+    counts: Counts
+    longest: int  # the largest L that a batch has
+    useful: float  # share of the first epoch's places that hold a token, the rest is padding
+    notices: tuple[str, ...] = ()  # remarks for the log
+
+
+def train_feed(
+    data: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    rows_per_step: int,
+    accumulation: int,
+    epochs: float | None,
+    seed: int,
+    shuffle_rows: bool = True,
+    drop_last: bool = False,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    text_field: str = "text",
+    prefetch: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> Feed:
+    """Batches [A, B, L] of `data.train` for all processes, A = `accumulation`, A * B = `rows_per_step`.
+
+    Every epoch holds each row once, in an order drawn from (`seed`, epoch), or as stored without `shuffle_rows`.
+    `epochs` may be a fraction; None goes on for ever. Rows longer than `max_length` lose their end. `drop_last`
+    leaves out an epoch's last microbatch if it is not full. `prefetch`: batches made ready ahead, in a thread.
+    `progress` is told how many rows were tokenised since its last call.
+    """
+    split = data["train"]
+    read = read_data(
+        split,
+        tokenizer,
+        max_length=max_length,
+        seed=seed,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        text_field=text_field,
+        progress=progress,
+        what="train",
+    )
+    return _feed(
+        read,
+        packed=bool(split.get("pack")),
+        rows_per_step=rows_per_step,
+        accumulation=accumulation,
+        epochs=epochs,
+        seed=seed if shuffle_rows else None,
+        drop_last=drop_last,
+        prefetch=prefetch,
+    )
+
+
+def eval_feed(
+    data: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    rows_per_step: int,
+    seed: int = 0,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    text_field: str = "text",
+    prefetch: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Feed:
+    """Batches [1, B, L] of `data.validation`, once through, in the order stored; what is trained is settled as for
+    `data.train`.
+
+    `seed` is for the entries that ask for a shuffled sample. For another pass, `set_state` to the state before the
+    first batch.
+    """
+    split = dict(data["validation"])
+    for key in ("collator_name", "train_target"):
+        split[key] = split.get(key) or data["train"].get(key)
+    split["collator_kwargs"] = split.get("collator_kwargs") or data["train"].get("collator_kwargs")
+    read = read_data(
+        split,
+        tokenizer,
+        max_length=max_length,
+        seed=seed,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        text_field=text_field,
+        progress=progress,
+        what="validation",
+    )
+    return _feed(
+        read,
+        packed=bool(split.get("pack")),
+        rows_per_step=rows_per_step,
+        accumulation=1,
+        epochs=1,
+        seed=None,
+        drop_last=False,
+        prefetch=prefetch,
+    )
+
+
+def _feed(
+    data: Data,
+    *,
+    packed: bool,
+    rows_per_step: int,
+    accumulation: int,
+    epochs: float | None,
+    seed: int | None,
+    drop_last: bool,
+    prefetch: int,
+) -> Feed:
+    if rows_per_step % accumulation:
+        raise ValueError(
+            f"{rows_per_step} rows a step cannot be split into {accumulation} microbatches of the same size"
+        )
+    microbatch = rows_per_step // accumulation
+    lengths = data.store.lengths
+    lines: grain.MapDataset = grain.MapDataset.source(_Documents(data.store))
+    if packed:
+        lines = Packed(lines, lengths=lengths, plan=plan(lengths, data.max_length), seed=seed)
+    keep = len(lines) // microbatch * microbatch if drop_last else len(lines)
+    if not keep:
+        raise ValueError(f"dataloader_drop_last leaves nothing of {len(lines)} rows: a microbatch has {microbatch}")
+    lines = EpochOrder(lines, seed=seed, keep=keep)
+    stack = _Stack(accumulation, microbatch, data.max_length, fixed=packed)
+    steps_of_epoch = lines.batch(rows_per_step, batch_fn=list).map(stack)
+    steps = None if epochs is None else math.ceil(epochs * len(steps_of_epoch))
+    endless = steps_of_epoch.repeat(None if epochs is None else math.ceil(epochs))
+    batches = endless[:steps].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if prefetch:
+        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+    fingerprint = {
+        "tokens": data.store.fingerprint(),
+        "rows of a step": rows_per_step,
+        "rows of an epoch": keep,
+        "pack": packed,
+        "row length": data.max_length,
+        "seed": seed,
+    }
+    longest, useful = _usage(lengths, keep, stack, rows_per_step, seed)
+    return Feed(
+        batches=Batches(batches, fingerprint=fingerprint, name_of=data.name_of),
+        steps=steps,
+        steps_per_epoch=len(steps_of_epoch),
+        counts=data.counts,
+        longest=longest,
+        useful=useful,
+        notices=data.notices,
+    )
+
+
+def _usage(lengths: np.ndarray, keep: int, stack: "_Stack", rows_per_step: int, seed: int | None) -> tuple[int, float]:
+    """The longest row that any epoch can have, and which share of the first epoch's batches is tokens."""
+    steps = math.ceil(keep / rows_per_step)
+    if stack.fixed:
+        return stack.max_length, float(lengths.sum() / (steps * rows_per_step * stack.max_length))
+    order = lengths[permutation(len(lengths), seed, 0)][:keep]
+    maxima = np.maximum.reduceat(order, np.arange(0, keep, rows_per_step))
+    places = sum(bucket_length(int(longest), stack.max_length) for longest in maxima) * rows_per_step
+    return bucket_length(int(lengths.max()), stack.max_length), float(order.sum() / places)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The rows of a store as lines of one document each."""
+
+    store: TokenStore
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> Line:
+        return line_of(shift(*self.store[index]), int(index))
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Stacks the lines of a step: to `max_length` if `fixed`, else to the smallest bucket that holds the longest of
+    them."""
+
+    accumulation: int
+    rows: int
+    max_length: int
+    fixed: bool
+
+    def __call__(self, lines: list[Line]) -> tuple[Batch, tuple[int, ...]]:
+        longest = max(len(line.columns) for line in lines)
+        length = self.max_length if self.fixed else bucket_length(longest, self.max_length)
+        batch = collate(lines, accumulation=self.accumulation, rows=self.rows, length=length)
+        return batch, tuple(row for line in lines for row in line.rows)

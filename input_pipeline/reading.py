@@ -1,0 +1,160 @@
+"""A split of the data section read and tokenised: which rows, which of their tokens are trained, what became of
+them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from input_pipeline.catalog import Dataset, Entry, open_dataset
+from input_pipeline.chat import LossMask
+from input_pipeline.mixing import choose_rows, mix
+from input_pipeline.store import Counts, Encoder, TokenStore, tokenize_rows
+from input_pipeline.template import Template
+
+Turns = Literal["all", "assistant", "final"]
+
+COMPLETIONS = "text_completions_only_with_padding"
+_TURNS: dict[str, Turns] = {"ALL_ASSISTANT_TURNS": "assistant", "FINAL_ASSISTANT_TURN": "final"}
+_COLLATOR_KWARGS = (  # of the collators whose masks are found from the template instead
+    "response_template",
+    "instruction_template",
+    "end_of_turn_template",
+    "tool_response_template",
+    "end_of_tool_response_template",
+    "max_variable_sized_dims",
+    "ignore_index",
+    "pad_to_multiple_of",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The tokenised rows of a split, and where each came from."""
+
+    store: TokenStore
+    counts: Counts
+    datasets: tuple[Dataset, ...]
+    max_length: int  # the longest row allowed, or the longest there is
+    notices: tuple[str, ...] = ()
+
+    def name_of(self, row: int) -> str:
+        """Where row `row` of the store comes from."""
+        dataset, index = map(int, self.store.sources[row])
+        return self.datasets[dataset].rows.where(index)
+
+
+def read_data(
+    split: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    seed: int,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    text_field: str = "text",
+    progress: Callable[[int], None] | None = None,
+    what: str = "train",
+) -> Data:
+    """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
+    if split.get("stream"):
+        raise NotImplementedError(f"not implemented yet: data.{what}.stream")
+    skip = _one_of(split.get("on_bad_row") or "raise", ("raise", "skip"), f"data.{what}.on_bad_row") == "skip"
+    entries = [Entry.of(entry) for entry in split["datasets"]]
+    if not entries:
+        raise ValueError(f"data.{what}.datasets is empty; name at least one dataset")
+    datasets = tuple(open_dataset(entry, skip_bad_rows=skip, text_field=text_field) for entry in entries)
+    mask = loss_mask(
+        split, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss, what=what
+    )
+    encoder = Encoder(
+        datasets=datasets,
+        masks=tuple(_mask_of(dataset, mask) for dataset in datasets),
+        template=Template(tokenizer),
+        max_length=max_length,
+        skip_bad_rows=skip,
+        required=_required(split.get("collator_kwargs") or {}, what),
+    )
+    picks = _pick(
+        entries,
+        datasets,
+        strategy=split.get("mixture_strategy") or "first_exhausted",
+        split_seed=split.get("seed"),
+        seed=seed,
+    )
+    workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
+    store, counts, notices = tokenize_rows(encoder, picks, workers=workers, progress=progress)
+    if not len(store):
+        names = ", ".join(dataset.rows.name for dataset in datasets)
+        raise ValueError(
+            f"{what} dataset {names} has 0 usable rows (read {counts.read}, bad {counts.bad},"
+            f" without a trained token within max_length {max_length}: {counts.untrained})"
+        )
+    remarks = (*(note for dataset in datasets for note in dataset.notices), *notices)
+    longest = int(store.lengths.max())
+    return Data(store=store, counts=counts, datasets=datasets, max_length=max_length or longest, notices=remarks)
+
+
+def loss_mask(
+    split: Mapping[str, Any],
+    *,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    what: str = "train",
+) -> LossMask:
+    """Which tokens the collator settings of a split train."""
+    name, target = split.get("collator_name"), split.get("train_target")
+    kwargs = split.get("collator_kwargs") or {}
+    turns: Turns = "assistant" if assistant_only_loss else "all"
+    if name == COMPLETIONS:
+        if target is None and not kwargs.get("response_template"):
+            raise ValueError(f"data.{what}.collator_name {name} needs train_target: {' or '.join(_TURNS)}")
+        # Without a target: a response template alone means the last turn, an instruction template beside it all turns.
+        old: Turns = "assistant" if kwargs.get("instruction_template") else "final"
+        turns = _TURNS[_one_of(target, tuple(_TURNS), f"data.{what}.train_target")] if target else old
+    elif name not in (None, "text_with_padding"):
+        raise NotImplementedError(
+            f"not implemented yet: collator_name {name!r}; SFT has text_with_padding and {COMPLETIONS}"
+        )
+    elif target is not None:
+        raise ValueError(f"data.{what}.train_target is for collator_name {COMPLETIONS}, not {name}")
+    return LossMask(turns=turns, completion_only=completion_only_loss)
+
+
+def _mask_of(dataset: Dataset, mask: LossMask) -> LossMask:
+    return replace(mask, turns="assistant") if dataset.assistant_only and mask.turns == "all" else mask
+
+
+def _required(collator_kwargs: Mapping[str, Any], what: str) -> tuple[str, ...]:
+    for key in collator_kwargs:
+        _one_of(key, _COLLATOR_KWARGS, f"a key of data.{what}.collator_kwargs")
+    return tuple(t for k in ("response_template", "instruction_template") if (t := collator_kwargs.get(k)))
+
+
+def _one_of(value: Any, allowed: tuple[str, ...], name: str) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _pick(
+    entries: list[Entry], datasets: tuple[Dataset, ...], *, strategy: str, split_seed: int | None, seed: int
+) -> np.ndarray:
+    """The rows of an epoch, [R, 2] of (dataset, row); `seed` is for entries and splits that have none of their own."""
+    chosen = [
+        choose_rows(
+            len(dataset),
+            sample_count=entry.sample_count,
+            shuffle=entry.shuffle,
+            seed=seed if entry.seed is None else entry.seed,
+        )
+        for entry, dataset in zip(entries, datasets, strict=True)
+    ]
+    proportions = [entry.mixture_proportion for entry in entries]
+    mix_seed = seed if split_seed is None else split_seed
+    which, place = mix([len(rows) for rows in chosen], proportions=proportions, strategy=strategy, seed=mix_seed)
+    rows = np.zeros(len(which), np.int64)
+    for number, indices in enumerate(chosen):
+        rows[which == number] = indices[place[which == number]]
+    return np.stack([which, rows], axis=1)

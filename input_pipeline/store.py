@@ -1,0 +1,217 @@
+"""Every row of the training data tokenised once, in three flat arrays.
+
+That gives all lengths before the first step, and with them the number of steps; and batches then need no tokenizer. A
+large dataset is tokenised by several processes; the result is the same.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from input_pipeline.catalog import Dataset
+from input_pipeline.chat import LossMask, Rendered, render
+from input_pipeline.encode import Tokens, encode
+from input_pipeline.examples import Chat, Example, RowError
+from input_pipeline.template import Template
+
+_CHUNK = 512  # rows that a worker is given at a time
+_MANY_ROWS = 50_000  # from here on "auto" uses several processes: starting them takes seconds
+
+
+class Counts(NamedTuple):
+    """What became of the rows."""
+
+    read: int = 0
+    used: int = 0
+    bad: int = 0  # skipped, with on_bad_row: skip
+    untrained: int = 0  # dropped: no trained token left within max_length
+    over_long: int = 0  # cut to max_length (some of them are untrained then)
+    tokens: int = 0  # of the rows used
+    trained_tokens: int = 0  # of these, the ones in the loss
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Rows of tokens by index: ids int32 [T] and trained bool [T] of all rows on end, row i at offsets[i] : offsets[i
+    + 1].
+
+    `sources` [R, 2] says which row of which dataset each came from.
+    """
+
+    ids: np.ndarray = field(repr=False)
+    trained: np.ndarray = field(repr=False)
+    offsets: np.ndarray = field(repr=False)
+    sources: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        row = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[row], self.trained[row]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens, their flags and the rows' order."""
+        digest = xxhash.xxh3_128()
+        for array in (self.ids, self.trained, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns picked rows, [n, 2] of (dataset, row), into tokens; picklable, so that a worker process can hold it."""
+
+    datasets: tuple[Dataset, ...]
+    masks: tuple[LossMask, ...]
+    template: Template
+    max_length: int | None
+    skip_bad_rows: bool
+    required: tuple[str, ...] = ()  # strings that every rendered chat must contain
+
+    def __call__(self, picks: np.ndarray) -> "Chunk":
+        bad: list[RowError] = []
+        notices: set[str] = set()
+        kept, rendered = [], []
+        for pick in picks:
+            try:
+                rendered.append(self._render(int(pick[0]), int(pick[1]), notices))
+                kept.append(pick)
+            except RowError as error:
+                self._refuse(error, bad)
+        rows, sources, over_long = [], [], 0
+        for pick, row in zip(kept, encode(rendered, self.template.tokenizer, max_length=self.max_length), strict=True):
+            if isinstance(row, RowError):
+                self._refuse(RowError(f"{self._where(int(pick[0]), int(pick[1]))}: {row}"), bad)
+                continue
+            over_long += row.over_long
+            if row.trained[1:].any():  # nothing predicts the first token
+                rows.append(row)
+                sources.append(pick)
+        counts = Counts(
+            read=len(picks),
+            used=len(rows),
+            bad=len(bad),
+            untrained=len(picks) - len(bad) - len(rows),
+            over_long=over_long,
+            tokens=sum(len(row.ids) for row in rows),
+            trained_tokens=sum(int(row.trained[1:].sum()) for row in rows),
+        )
+        return Chunk.of(rows, sources, counts, str(bad[0]) if bad else None, frozenset(notices))
+
+    def _render(self, number: int, row: int, notices: set[str]) -> Rendered:
+        dataset = self.datasets[number]
+        example = dataset.example(row)
+        try:
+            rendered = render(example, self.template, self.masks[number])
+            self._check(example, rendered, (*self.required, *dataset.required), notices)
+        except RowError as error:
+            raise RowError(f"{dataset.rows.where(row)}: {error}") from error
+        return rendered
+
+    def _check(self, example: Example, rendered: Rendered, required: tuple[str, ...], notices: set[str]) -> None:
+        if not isinstance(example, Chat):
+            return
+        if example.tools and not self.template.renders_tools:
+            notices.add("the chat template does not render tool definitions; those of the data are not trained on")
+        for string in required:
+            if string.strip() not in rendered.text:
+                raise RowError(
+                    f"the template string {string!r} does not occur in the rendered chat; leave it out, since what is"
+                    " trained is found from the chat template itself"
+                )
+
+    def _where(self, number: int, row: int) -> str:
+        return self.datasets[number].rows.where(row)
+
+    def _refuse(self, error: RowError, bad: list[RowError]) -> None:
+        if not self.skip_bad_rows:
+            raise error
+        bad.append(error)
+
+
+class Chunk(NamedTuple):
+    """The rows of one call of an Encoder, on end."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    sources: np.ndarray
+    counts: Counts
+    first_bad: str | None
+    notices: frozenset[str]
+
+    @classmethod
+    def of(cls, rows: Sequence[Tokens], sources: Sequence[Any], *rest: Any) -> "Chunk":
+        """Lay rows on end."""
+        ids = np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)])
+        trained = np.concatenate([np.empty(0, bool), *(row.trained for row in rows)])
+        lengths = np.asarray([len(row.ids) for row in rows], np.int64)
+        return cls(ids, trained, lengths, np.asarray(sources, np.int64).reshape(-1, 2), *rest)
+
+
+def tokenize_rows(
+    encoder: Encoder,
+    picks: np.ndarray,
+    *,
+    workers: int | str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[TokenStore, Counts, tuple[str, ...]]:
+    """Tokenise the picked rows [R, 2]; `progress` is told how many rows were read since the last call.
+
+    `workers`: so many processes; None and "auto" take one, and for a large dataset up to 8. Returns the store, what
+    became of the rows, and remarks for the log.
+    """
+    pieces = [picks[i : i + _CHUNK] for i in range(0, len(picks), _CHUNK)]
+    chunks = []
+    for chunk in _run(encoder, pieces, _number_of_workers(workers, len(picks))):
+        chunks.append(chunk)
+        if progress is not None:
+            progress(chunk.counts.read)
+    empty = Chunk.of([], [], Counts(), None, frozenset())
+    ids, trained, lengths, sources = (np.concatenate([empty[i], *(c[i] for c in chunks)]) for i in range(4))
+    store = TokenStore(ids, trained, np.concatenate([[0], np.cumsum(lengths)]), sources)
+    counts = Counts(*map(sum, zip(*(c.counts for c in [empty, *chunks]), strict=True)))
+    notices = sorted(set().union(*(c.notices for c in chunks)))
+    first_bad = next((c.first_bad for c in chunks if c.first_bad), None)
+    return store, counts, (*notices, *([f"skipped {counts.bad} bad rows; the first: {first_bad}"] if first_bad else []))
+
+
+def _number_of_workers(asked: int | str | None, rows: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(asked, int):
+        return min(asked, max(1, rows // _CHUNK))
+    return min(8, cores) if rows >= _MANY_ROWS else 1
+
+
+def _run(encoder: Encoder, pieces: list[np.ndarray], workers: int) -> Iterator[Chunk]:
+    if workers <= 1:
+        yield from map(encoder, pieces)
+        return
+    # Never forked: a process that has started JAX must not be.
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=_start_worker, initargs=(encoder,)) as pool:
+        yield from pool.imap(_work, pieces)
+
+
+_encoder: Encoder | None = None  # of this worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = encoder
+
+
+def _work(picks: np.ndarray) -> Chunk:
+    assert _encoder is not None
+    return _encoder(picks)

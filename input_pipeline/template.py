@@ -1,0 +1,112 @@
+"""A tokenizer's chat template: what it renders, where each message stands in that, and how it wants tool calls."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from input_pipeline.examples import Message, RowError
+from input_pipeline.turns import Turns, find_turns
+
+# What a template raises when it does not take what it is given (jinja's own, or Python's from inside an expression).
+REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError)
+
+_WORD, _TOOL = "einkornword", "einkorntool"  # looked for in renderings, to see what a template does with its input
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
+
+
+@dataclass(frozen=True)
+class Template:
+    """The chat template of a tokenizer."""
+
+    tokenizer: Any
+
+    def source(self, tools: Any = None) -> str:
+        """The template's program (a tokenizer may have one of its own for chats with tools)."""
+        return self.tokenizer.get_chat_template(tools=tools)
+
+    def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False, **kwargs: Any) -> str:
+        """The chat as the tokenizer renders it; with `prompt`, ready for the assistant to answer."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **kwargs
+            )
+        except REFUSALS as error:
+            raise RowError(f"the chat template does not take these messages: {error}") from error
+
+    def turns(self, messages: Sequence[Message], tools: Any = None, **kwargs: Any) -> Turns:
+        """The place of every message in that text."""
+        variables = {"tools": tools, "documents": None, "add_generation_prompt": False}
+        return find_turns(self.source(tools), messages, **(self.tokenizer.special_tokens_map | variables | kwargs))
+
+    def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages as this template wants them: tool calls in its form, reasoning under the names in use.
+
+        RowError if there are tool calls and the template does not render any.
+        """
+        prepared = [dict(message) for message in messages]
+        for message in prepared:
+            reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
+            if reasoning is not None:
+                message.update({"thinking": message.get("thinking", reasoning), "reasoning_content": reasoning})
+        if not any(message.get("tool_calls") for message in prepared):
+            return prepared
+        if self.tool_call_form is None:
+            raise RowError(
+                "has tool_calls, which the chat template does not render; set model.chat_template to one that does"
+            )
+        return [_with_tool_calls(message, *self.tool_call_form) for message in prepared]
+
+    @functools.cached_property
+    def tool_call_form(self) -> tuple[bool, str | None] | None:
+        """(arguments as a JSON string?, content beside tool calls): the first form that the template renders as it
+        stands; None if it renders none."""
+        arguments = {"key": _WORD}
+        call = {"id": "call00000", "type": "function", "function": {"name": _TOOL, "arguments": arguments}}
+        question = {"role": "user", "content": "?"}
+        for form in ((False, ""), (False, None), (True, ""), (True, None)):
+            answer = _with_tool_calls({"role": "assistant", "tool_calls": [call]}, *form)
+            try:
+                text = self.text([question, answer], [_PROBE])
+            except RowError:
+                continue
+            rendered = text[text.rindex("?") :]  # without the tool's definition, which stands before the question
+            as_python, escaped = f"'{_WORD}'" in rendered, f'\\"{_WORD}' in rendered
+            if _WORD in rendered and _TOOL in rendered and not as_python and not escaped:
+                return form
+        return None
+
+    @functools.cached_property
+    def renders_tools(self) -> bool:
+        """Whether tool definitions come through to the text."""
+        return _TOOL in self.text([{"role": "user", "content": "?"}], [_PROBE])
+
+
+_PROBE = {
+    "type": "function",
+    "function": {
+        "name": _TOOL,
+        "description": "A tool.",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "A key."}},
+            "required": ["key"],
+        },
+    },
+}
+
+
+def _with_tool_calls(message: dict[str, Any], arguments_as_string: bool, content: str | None) -> dict[str, Any]:
+    """A message with its tool calls, if any, in a form; `content` stands beside them where the message has none."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        if arguments_as_string:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return ({} if content is None else {"content": content}) | message | {"tool_calls": calls}
