@@ -130,6 +130,7 @@ FSDP: Table = {
 }
 
 DEEPSPEED: Table = {
+    "train_batch_size": no_effect("auto", int, "must stay auto: training.* says it", words=("auto",)),
     "train_micro_batch_size_per_gpu": no_effect("auto", int, "training.* says it", words=("auto",)),
     "gradient_accumulation_steps": no_effect("auto", int, "training.* says it", words=("auto",)),
     "gradient_clipping": no_effect("auto", float, "training.* says it", words=("auto",)),

@@ -116,25 +116,23 @@ SPLIT: Table = {
 # What TrainingArguments and SFTConfig know and no other section says: a list of what is taken, not an open door.
 TRAINER_KWARGS: Table = {
     "max_length": Key(1024, int, "longest row in tokens, without model.model_max_length", low=1, null=True),
-    "truncation_mode": Key(
-        "keep_start", ("keep_start", "keep_end"), "what is kept of longer rows", later=("keep_end",)
-    ),
     "completion_only_loss": Key(None, bool, "prompt and completion rows: train the completion only; null: yes"),
     "assistant_only_loss": Key(False, bool, "conversations: train the assistant's turns only"),
     "dataset_text_field": Key("text", str, "column of plain text rows"),
-    "packing_strategy": Key("bfd", ("bfd", "bfd_split", "wrapped"), "how pack packs", later=("bfd_split", "wrapped")),
     "train_sampling_strategy": Key(
         "random", ("random", "sequential", "group_by_length"), "order of an epoch's rows", later=("group_by_length",)
     ),
     "dataloader_drop_last": Key(False, bool, "leave out an epoch's last batch if it is not full"),
     "loss_type": Key("nll", ("nll", "dft"), "-log p, or -p log p with p held fixed", read_as={"chunked_nll": "nll"}),
     "label_smoothing_factor": Key(0.0, float, "share of the loss spread over all tokens", low=0, below=1),
-    "count_position_zero": Key(False, bool, "ours: divide by rows' first tokens too, as transformers up to 5.9 does"),
     "packing": Same("data.train.pack", "TRL's name of it"),
     "eval_packing": Same("data.validation.pack", "TRL's name of it"),
     "pad_token": Same("model.tokenizer_pad_token", "TRL's name of it"),
     "save_total_limit": Same("training.keep_checkpoints", "transformers' name of it"),
     "max_seq_length": Same("training.trainer_kwargs.max_length", "older TRL's name of it"),
+    "truncation_mode": later("keep_start", ("keep_start", "keep_end"), "what is kept of longer rows"),
+    "packing_strategy": later("bfd", ("bfd", "bfd_split", "wrapped"), "how pack packs"),
+    "count_position_zero": later(False, bool, "ours: divide by rows' first tokens too, as transformers up to 5.9 does"),
     "average_tokens_across_devices": later(True, bool, "the loss is a mean over the tokens of all devices"),
     "eos_token": later(None, str, "token that ends a row"),
     "chat_template_path": later(None, str, "say model.chat_template"),
@@ -245,7 +243,6 @@ DEEPSPEED: Table = {
         read_as={"0": "ZERO_0", "1": "ZERO_1", "2": "ZERO_2", "3": "ZERO_3"},
     ),
     "precision": Key(None, ("BF16", "FP16"), "as training.mixed_precision_dtype", later=("FP16",)),
-    "train_batch_size": Key("auto", int, "must stay auto: training.* says it", words=("auto",)),
     "deepspeed_config_path": later(None, str, "DeepSpeed's own file"),
     "offload_optimizer": later(None, dict, "keep optimizer state elsewhere"),
     "offload_param": later(None, dict, "keep parameters elsewhere"),

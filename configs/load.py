@@ -1,8 +1,10 @@
 """From a file and a command line to a configuration, or to every problem there is with it, each in one line.
 
-loaded = load("sft.yaml", ["--training.max_steps", "10"])
-loaded.config.training.max_steps   # 10
-loaded.origin["training.max_steps"]  # "command line"
+    loaded = load("sft.yaml", ["--training.max_steps", "10"])
+    loaded.config.training.max_steps        # 10
+    loaded.origin["training.max_steps"]     # "command line"
+
+`configs.default` has the keys, `configs.derived` what several of them decide together.
 """
 
 import re

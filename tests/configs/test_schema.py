@@ -168,6 +168,14 @@ def test_trainer_kwargs_have_the_defaults_of_trl_and_transformers():
     assert ours == {name: FIELDS[name] for name in ours}
 
 
+def test_words_that_name_code_are_the_names_the_code_has():
+    from models.attention import BACKENDS
+    from models.decoder import REMAT
+
+    assert set(KEYS["model.attn_implementation"].choices) == {"auto", *BACKENDS}
+    assert set(KEYS["training.remat_policy"].choices) == {"none", *REMAT}
+
+
 def test_what_oumi_fills_in_itself_is_no_trainer_kwarg():
     assert not {"learning_rate", "optim", "bf16", "seed", "logging_steps", "report_to"} & TRAINER_KWARGS.keys()
     assert {"learning_rate", "seed", "logging_steps"} <= TRAINING.keys()
