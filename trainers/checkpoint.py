@@ -122,7 +122,7 @@ class Checkpoints:
         self._protected: int | None = None
         self._lock: RunLock | None = None  # on process 0
         self._whole: set[Path] = set()  # verified already, or written by this run
-        self._base = 0  # the step this run went on from
+        self._base = 0  # the newest step of this course of training: the one gone on from, then the last one saved
         self._saved_before = False
         self._under_way: tuple[Path, dict[str, str]] | None = None  # the folder to be, and its small files
         self._start_error: Exception | None = None
@@ -189,11 +189,13 @@ class Checkpoints:
         """Starts saving `state` as `checkpoint-{step}`; when it returns, `state` is off the devices and may be donated.
 
         state: a pytree of jax arrays. data_state, meta: JSON values (bytes allowed). files: further small text files,
-        name → content. Raises ValueError for what cannot be saved at all, RuntimeError at the third save in a row that
-        failed.
+        name → content. Does nothing where this very step was the last one saved or restored. Raises ValueError for what
+        cannot be saved at all, RuntimeError at the third save in a row that failed.
         """
         self.wait()
         folder, size = folder_of(self.folder, step), _bytes_of(state)
+        if step == self._base and folder in self._whole:
+            return None
         texts = dict(files or {}) | {DATA_STATE: _to_json(data_state), META: _to_json(dict(meta) | _about(step, state))}
         if not on_process_0(lambda: self._make_way(folder, size)):
             return self._failed(folder, OSError(f"the disk has no room for its {size / 1e6:,.1f} MB"))
@@ -217,6 +219,7 @@ class Checkpoints:
             else:
                 self._under_way, self._failures = None, 0
                 self._whole.add(folder)
+                self._base = int(folder.name.removeprefix("checkpoint-"))
                 on_process_0(self._prune)
         return max(self.steps(), default=None)
 
@@ -270,7 +273,7 @@ class Checkpoints:
                     )
             self._saved_before = True
         if folder.exists():
-            raise ValueError(f"{folder} exists already: a step is saved once")
+            raise ValueError(f"{folder} exists already, and this run went on from step {self._base}")
         self._prune()
         missing = size * 1.05 - shutil.disk_usage(self.folder).free
         droppable = self._droppable()

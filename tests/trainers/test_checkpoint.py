@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -136,6 +137,23 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         spoil(state)
         np.testing.assert_array_equal(checkpoints.restore(1, target).state["w"], np.ones((64, 64)))
+
+
+def test_a_step_is_saved_once(tmp_path):
+    state = {"w": jnp.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 2):
+            checkpoints.save(step, state, data_state=None, meta={})
+        checkpoints.wait()
+        saved_at = (tmp_path / "checkpoint-2").stat().st_mtime_ns
+        with pytest.raises(ValueError, match="checkpoint-1 exists already, and this run went on from step 2"):
+            checkpoints.save(1, state, data_state=None, meta={})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(checkpoints.latest(), state)
+        checkpoints.save(2, state, data_state=None, meta={})
+        checkpoints.save(3, state, data_state=None, meta={})
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-2").stat().st_mtime_ns == saved_at
 
 
 def change(**leaves: jax.Array | None):
@@ -503,6 +521,13 @@ TWO_PROCESSES = """
             raise AssertionError
     print("done", index)
 """
+
+
+def test_one_file_alone_knows_orbax():
+    rooms = [ROOT / room for room in ("configs", "models", "input_pipeline", "trainers", "launch")]
+    imports = re.compile(r"^\s*(import|from) orbax\b", re.MULTILINE)
+    files = [path for room in rooms for path in room.rglob("*.py")]
+    assert [path.name for path in files if imports.search(path.read_text())] == ["checkpoint.py"]
 
 
 def test_two_processes_save_together_and_one_restores_alone(tmp_path):
