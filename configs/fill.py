@@ -10,18 +10,19 @@ from configs.default import ELSEWHERE, SCHEMA
 from configs.given import Given, shown
 from configs.key import Items, Key, Same, Table, find, leaves
 from configs.nearest import nearest, slips
+from configs.yaml_text import written
 
 FEW = 20  # names that still make a line
 
 
 @dataclass
 class Filled:
-    """Every key's value, who set which, what other names asked for (path → target, value), remarks, and problems."""
+    """Every key's value, who set which, what other names asked for (path → target, value), notices, and problems."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     other_names: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    read_as: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def problem(self, path: str, text: str, place: str | None = None) -> None:
@@ -33,6 +34,7 @@ def fill(given: Given) -> Filled:
     """The whole schema, filled with what was given and the defaults for the rest."""
     filled = Filled()
     filled.values = _section(SCHEMA, given, "", filled)
+    _move_other_names(filled)
     return filled
 
 
@@ -81,7 +83,7 @@ def _leaf(key: Key, given: Given | None, path: str, place: str, filled: Filled) 
         try:
             value = convert(key, given)
             if str(given.value).lower() in key.read_as:
-                filled.read_as.append(f"{path}: {given.value} is read as {value}")
+                filled.notices.append(f"{path}: {given.value} is read as {value}")
             return value
         except ValueError as error:
             filled.problem(path, str(error), given.place)
@@ -99,6 +101,20 @@ def _other_name(entry: Same, given: Given, path: str, filled: Filled) -> None:
         filled.origin[path] = given.place
     except ValueError as error:
         filled.problem(path, str(error), given.place)
+
+
+def _move_other_names(filled: Filled) -> None:
+    """Puts what another name asked for where its key stands; where that was set too, it wins, and a notice says so."""
+    for path, (target, value) in filled.other_names.items():
+        *sections, name = target.split(".")
+        section = filled.values
+        for word in sections:
+            section = section[word]
+        if target not in filled.origin:
+            filled.origin[target] = f"{filled.origin.pop(path)} as {path}"
+            section[name] = value
+        elif section[name] != value:
+            filled.notices.append(f"{path}: {written(value)} gives way to {target}: {written(section[name])}")
 
 
 def _unknown(table: Table, path: str, name: str) -> str:

@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -61,17 +61,21 @@ def load(source: str, overrides: Sequence[str] = ()) -> Loaded:
         raise ConfigError([str(error)]) from error
     given, problems = _with_options(given, overrides)
     filled = fill(given)
-    notices = _move_other_names(filled)
     config = config_dict(filled.values)
     problems += _judge(config, filled)
     if problems:
         raise ConfigError(problems)
-    return Loaded(config, filled.origin, tuple(notices + rules.remarks(config, filled.origin)))
+    return Loaded(config, filled.origin, tuple(filled.notices + rules.remarks(config, filled.origin)))
 
 
 def dump(config: ConfigDict) -> str:
     """The configuration as YAML that loads to the same: what acts, and what was set. Credentials become ***."""
-    return write(without_secrets(_telling(SCHEMA, config)))
+    return write(without_secrets(_plain(SCHEMA, config, _tells)))
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """Every key, as dicts, lists and scalars; credentials become ***. For checkpoints, trackers and comparisons."""
+    return without_secrets(_plain(SCHEMA, config, lambda key, value: True))
 
 
 def explain(loaded: Loaded) -> tuple[Row, ...]:
@@ -98,30 +102,14 @@ def _with_options(given: Given, words: Sequence[str]) -> tuple[Given, list[str]]
     return given, problems
 
 
-def _move_other_names(filled: Filled) -> list[str]:
-    """Puts what another name asked for where its key stands; the key's own setting wins, and then the line says so."""
-    notices = list(filled.read_as)
-    for path, (target, value) in filled.other_names.items():
-        *sections, name = target.split(".")
-        section = filled.values
-        for word in sections:
-            section = section[word]
-        if target not in filled.origin:
-            filled.origin[target] = f"{filled.origin.pop(path)} as {path}"
-            section[name] = value
-        elif section[name] != value:
-            notices.append(f"{path}: {written(value)} gives way to {target}: {written(section[name])}")
-    return notices
-
-
 def _judge(config: ConfigDict, filled: Filled) -> list[str]:
     later = rules.unimplemented(config)
-    wrong = {path for path, _ in filled.problems}
-    if any(path == "training.trainer_type" for path, _ in later):  # its own keys come with it
-        filled.problems = [line for line in filled.problems if not line[0].startswith("training.trainer_kwargs.")]
-    lines = [text for _, text in filled.problems]
+    coming = any(path == "training.trainer_type" for path, _ in later)  # a method's trainer_kwargs come with it
+    told = [line for line in filled.problems if not (coming and line[0].startswith("training.trainer_kwargs."))]
+    found = rules.problems(config, wrong={path for path, _ in told})
+    lines = [text for _, text in told]
     lines += [_placed(f"not implemented yet: {path}: {text}", path, filled) for path, text in later]
-    return lines + [_placed(f"{path}: {text}", path, filled) for path, text in rules.problems(config, wrong=wrong)]
+    return lines + [_placed(f"{path}: {text}", path, filled) for path, text in found]
 
 
 def _printable(line: str) -> str:
@@ -136,17 +124,15 @@ def _tells(key: Key, value: Any) -> bool:
     return value != key.default or (key.effect == USED and not key.only)
 
 
-def _telling(table: Table, values: Any) -> dict[str, Any]:
+def _plain(table: Table, values: Any, tells: Callable[[Key, Any], bool]) -> dict[str, Any]:
+    """The keys that tell something, in the schema's order; sections with none are left out."""
     told: dict[str, Any] = {}
     for name, entry in table.items():
-        if isinstance(entry, Same):
-            continue
-        value = values[name]
-        if isinstance(entry, Items):
-            told |= {name: [_telling(entry.table, item) for item in value]} if value else {}
-        elif isinstance(entry, Key):
-            told |= {name: value} if _tells(entry, value) else {}
-        else:
-            inner = _telling(entry, value)
-            told |= {name: inner} if inner else {}
-    return told
+        if isinstance(entry, Key):
+            if tells(entry, values[name]):
+                told[name] = values[name]
+        elif isinstance(entry, Items):
+            told[name] = [_plain(entry.table, item, tells) for item in values[name]]
+        elif not isinstance(entry, Same):
+            told[name] = _plain(entry, values[name], tells)
+    return {name: value for name, value in told.items() if value != {} or isinstance(table[name], Key)}

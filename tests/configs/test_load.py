@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configs.default import SCHEMA
 from configs.key import LATER, Key, leaves
-from configs.load import ConfigError, dump, explain, load
+from configs.load import ConfigError, dump, explain, load, plain
 from configs.yaml_text import parse
 
 SFT = """\
@@ -238,10 +238,18 @@ def test_credentials_are_in_no_dump_and_no_row(file):
         "--model.model_revision=" + "a" * 40,
     ]
     loaded = load(file(SFT), words)
-    told = dump(loaded.config) + repr(explain(loaded)) + repr(loaded.notices)
+    told = dump(loaded.config) + repr(explain(loaded)) + repr(loaded.notices) + repr(plain(loaded.config))
     assert secret not in told
     assert "token: '***'" in told
     assert "a" * 40 in told  # a commit is none
+
+
+def test_the_plain_form_has_every_key(file):
+    config = load(file(SFT)).config
+    values = plain(config)
+    assert values["data"]["train"]["datasets"][0]["dataset_name"] == "text_sft"
+    assert values["training"]["telemetry"] == config.training.telemetry.to_dict()
+    assert list(values["training"]) == list(config.training)
 
 
 def test_a_dump_loads_to_the_same_configuration(file):
