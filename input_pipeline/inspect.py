@@ -14,8 +14,8 @@ _BAR = 48  # characters of the longest bar
 
 
 class TokenView(NamedTuple):
-    """A token as text (a piece of a character shows as the tokenizer's own name for it), its id, and whether it is in the
-    loss."""
+    """A token as text (a piece of a character shows as the tokenizer's own name for it), its id, and whether it is in
+    the loss."""
 
     text: str
     id: int

@@ -57,7 +57,7 @@ def parse_line(line: bytes, path: str, number: int, position: int = 0) -> Any:
 
     `position` is where the line starts in the file, in bytes, for the place of a byte that is not UTF-8.
     """
-    text = _decode(line, f"{path}:{number}", position)
+    text = _decode(line, f"{path}:{number}", position).rstrip("\r\n")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -16,8 +16,8 @@ def permutation(count: int, seed: int | None, epoch: int, stream: int = 0) -> np
     """
     if seed is None:
         return np.arange(count)
-    keys = np.random.Philox(key=[seed % 2**64, 2 * epoch + stream]).random_raw(count)
-    return np.argsort(keys, kind="stable")
+    key = np.asarray([seed % 2**64, 2 * epoch + stream], np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 class EpochOrder(grain.MapDataset):

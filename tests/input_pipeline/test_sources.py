@@ -47,7 +47,7 @@ def test_a_split_with_a_slice_takes_a_part_of_a_file(folder, name, split, kept):
 
 def test_a_saved_dataset_with_splits_gives_the_one_asked_for(folder):
     assert len(open_rows(None, str(folder / "splits"), split="test")) == 3
-    with pytest.raises(ValueError, match="split 'dev' is not in .*splits; it has: train, test"):
+    with pytest.raises(ValueError, match=r"split 'dev' is not in .*splits; it has: train, test"):
         open_rows(None, str(folder / "splits"), split="dev")
 
 

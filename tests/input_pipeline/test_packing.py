@@ -1,0 +1,91 @@
+"""Best-fit packing: by hand, against TRL's, and as properties."""
+
+import datasets
+import grain
+import numpy as np
+import pytest
+import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from input_pipeline.collate import line_of
+from input_pipeline.packing import Packed, join, plan
+
+
+def ids(*numbers):
+    return np.asarray([(n, 0, 0) for n in numbers], np.int32)
+
+
+def documents(lengths):
+    """Document d is the numbers 1000 * d + 1, 1000 * d + 2, …"""
+    return grain.MapDataset.source(
+        [line_of(ids(*range(1000 * d + 1, 1000 * d + 1 + length)), d) for d, length in enumerate(lengths)]
+    )
+
+
+def test_two_documents_share_a_row_with_segments_and_positions_of_their_own():
+    line = join([line_of(ids(11, 12, 13), 4), line_of(ids(21, 22), 7)])
+    assert line.columns[:, 0].tolist() == [11, 12, 13, 21, 22]
+    assert line.segments.tolist() == [1, 1, 1, 2, 2]
+    assert line.positions.tolist() == [0, 1, 2, 0, 1]
+    assert line.rows == (4, 7)
+
+
+def test_the_longest_come_first_and_each_goes_where_it_fits_best():
+    # By length: 6, 5, 4, 3, 2 into rows of 8. 6 | 5 | 4, then 3 beside 5 (room 3, none tighter), 2 beside 6 (room 2).
+    packed = plan(np.asarray([2, 5, 6, 3, 4]), 8)
+    assert [packed[row].tolist() for row in range(len(packed))] == [[0, 4], [1, 3], [2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), length=st.integers(40, 70))
+def test_rows_are_those_of_trl(lengths, length):
+    table = datasets.Dataset.from_dict({"input_ids": [list(range(n)) for n in lengths]})
+    packed = trl.pack_dataset(table, length, "bfd", map_kwargs={"keep_in_memory": True})
+    by_rank = np.sort(np.asarray(lengths))[::-1]
+    ours = plan(np.asarray(lengths), length)
+    assert [by_rank[ours[row]].tolist() for row in range(len(ours))] == packed["seq_lengths"][:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=40), seed=st.none() | st.integers(0, 2**64))
+def test_every_epoch_holds_every_document_once_and_whole(lengths, seed):
+    lengths = np.asarray(lengths)
+    lines = Packed(documents(lengths), lengths=lengths, plan=plan(lengths, 20), seed=seed)
+    for epoch in range(2):
+        seen = []
+        for row in range(len(lines)):
+            line = lines[epoch * len(lines) + row]
+            assert len(line.columns) <= 20
+            for segment, document in enumerate(line.rows, 1):
+                tokens = line.columns[line.segments == segment, 0]
+                assert tokens.tolist() == list(range(1000 * document + 1, 1000 * document + 1 + lengths[document]))
+                assert line.positions[line.segments == segment].tolist() == list(range(lengths[document]))
+            seen += line.rows
+        assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_documents_of_one_length_change_their_neighbours_from_epoch_to_epoch():
+    lengths = np.full(12, 5)
+    lines = Packed(documents(lengths), lengths=lengths, plan=plan(lengths, 10), seed=3)
+    epochs = [[lines[epoch * 6 + row].rows for row in range(6)] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    unshuffled = Packed(documents(lengths), lengths=lengths, plan=plan(lengths, 10), seed=None)
+    assert [unshuffled[6 + row].rows for row in range(6)] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "count", "length"),
+    [(150, 40, 400, 512), (150, 40, 400, 1024), (120, 60, 5000, 512), (120, 60, 5000, 2048), (400, 250, 5000, 1024)],
+)
+def test_of_short_chats_at_least_97_in_100_tokens_are_useful(mean, spread, count, length):
+    drawn = np.random.default_rng(0).gamma((mean / spread) ** 2, spread**2 / mean, count)
+    lengths = np.clip(drawn.astype(int), 16, length)
+    assert lengths.sum() / (len(plan(lengths, length)) * length) >= 0.97
