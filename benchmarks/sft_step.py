@@ -5,7 +5,7 @@
 
 Two settings. `equal-work`: every row is cut to the same length and all its tokens are trained, so both programs
 multiply the same matrices. `equal-rows`: the same conversations, padded by TRL as it does by default and packed by
-einkorn into one row that holds as many conversations as TRL's batch does on average.
+einkorn into rows that together hold about as many conversations as TRL's batch.
 
 Both programs run whole, from a configuration to a log, in float32, each in a process of its own, in turns (einkorn,
 TRL, einkorn, TRL). The first steps are left out of the times: they compile. Memory is the peak resident set.
@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     add("--data", default="configs/quickstart/train.jsonl", help="conversations of equal-rows (default: %(default)s)")
     add("--rows", type=int, default=64, help="how many of them (default: %(default)s)")
     add("--batch", type=int, default=4, help="rows of a step; packed, as many on average (default: %(default)s)")
+    add("--packed-rows", type=int, default=1, help="packed rows of a step, which share them (default: %(default)s)")
     add("--tokens", type=int, default=256, help="tokens of a row of equal-work (default: %(default)s)")
     add("--steps", type=int, default=6, help="timed steps of a run (default: %(default)s)")
     add("--warm", type=int, default=2, help="steps before them (default: %(default)s)")
@@ -103,7 +104,7 @@ def compare(setting: str, options: argparse.Namespace, scratch: Path) -> None:
 
 
 def shape(work: Work) -> str:
-    return f"1 x {work.length} tokens, packed" if work.packed else f"{work.batch} rows of up to {work.length} tokens"
+    return f"{work.batch} rows of up to {work.length} tokens{', packed' if work.packed else ''}"
 
 
 def equal_work(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
@@ -118,7 +119,7 @@ def equal_work(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
 
 
 def equal_rows(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
-    """The same conversations: a padded batch of them, or one packed row as long as that batch without its padding."""
+    """The same conversations: a padded batch of them, or packed rows that are as long as that batch without padding."""
     from transformers import AutoTokenizer
 
     with open(ROOT / options.data, encoding="utf-8") as lines:
@@ -126,11 +127,11 @@ def equal_rows(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     lengths = [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
     mean = statistics.mean(lengths)
-    packed = -(-max(max(lengths), round(options.batch * mean)) // 64) * 64
+    packed = -(-max(max(lengths), round(options.batch * mean / options.packed_rows)) // 64) * 64
     print(f"{len(rows)} conversations of {min(lengths)} to {max(lengths)} tokens, {mean:.0f} on average")
     file, steps = write_rows(rows, scratch), options.warm + options.steps
     padded = Work(options.model, file, len(rows), max(lengths), options.batch, steps, options.warm)
-    return padded, padded._replace(length=packed, batch=1, packed=True)
+    return padded, padded._replace(length=packed, batch=options.packed_rows, packed=True)
 
 
 def write_rows(rows: list[dict[str, Any]], scratch: Path) -> str:
