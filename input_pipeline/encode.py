@@ -29,22 +29,23 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any, *, max_length: int | No
 
     Where a row's trained part cannot be told, its place in the list holds the RowError.
     """
-    encoded: list[Tokens | RowError | None] = [None] * len(rendered)
+    encoded: dict[int, Tokens | RowError] = {}
     for special_tokens in (False, True):
-        places = [i for i, r in enumerate(rendered) if r.special_tokens == special_tokens]
-        if not places:
-            continue
-        texts = _call(tokenizer, [rendered[i].text for i in places], special_tokens)
-        asked = sorted({given for i in places for given in _given(rendered[i])})
-        given_ids = dict(zip(asked, _call(tokenizer, asked, special_tokens)["input_ids"], strict=True)) if asked else {}
-        for place, ids, offsets in zip(places, texts["input_ids"], texts["offset_mapping"], strict=True):
+        rows = {i: row for i, row in enumerate(rendered) if row.special_tokens == special_tokens}
+        asked = sorted({given for row in rows.values() for given in _given(row)})
+        given_ids = dict(zip(asked, _tokenize(tokenizer, asked, special_tokens)[0], strict=True))
+        offsets = any(row.trained for row in rows.values())
+        texts = _tokenize(tokenizer, [row.text for row in rows.values()], special_tokens, offsets=offsets)
+        for i, ids, bounds in zip(rows, *texts, strict=True):
+            tokens = np.asarray(ids, np.int32)
             try:
-                tokens = np.asarray(ids, np.int32)
-                trained = _trained(rendered[place], tokens, offsets, given_ids)
-                encoded[place] = Tokens(tokens[:max_length], trained[:max_length], len(ids) > (max_length or len(ids)))
+                trained = _trained(rows[i], tokens, bounds, given_ids)
             except RowError as error:
-                encoded[place] = error
-    return [row for row in encoded if row is not None]
+                encoded[i] = error
+            else:
+                over_long = max_length is not None and len(tokens) > max_length
+                encoded[i] = Tokens(tokens[:max_length], trained[:max_length], over_long)
+    return [encoded[i] for i in range(len(rendered))]
 
 
 def common_prefix(a: ArrayLike, b: ArrayLike) -> int:
@@ -69,13 +70,14 @@ def token_bounds(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.nda
 def _trained(
     row: Rendered, ids: np.ndarray, offsets: Sequence[tuple[int, int]], given_ids: dict[str, list[int]]
 ) -> np.ndarray:
-    trained = np.ones(len(ids), bool) if row.trained is None else np.zeros(len(ids), bool)
-    starts, ends = token_bounds(offsets)
-    for span in row.trained or ():
-        inside = ((starts >= span.start) | (ends > span.start)) & (starts < span.end)
-        if span.given is not None:
-            inside[: _first_difference(span, ids, starts, given_ids[span.given])] = False
-        trained |= inside
+    trained = np.full(len(ids), row.trained is None)
+    if row.trained:
+        starts, ends = token_bounds(offsets)
+        for span in row.trained:
+            inside = ((starts >= span.start) | (ends > span.start)) & (starts < span.end)
+            if span.given is not None:
+                inside[: _first_difference(span, ids, starts, given_ids[span.given])] = False
+            trained |= inside
     if row.prompt is not None:
         trained[: common_prefix(given_ids[row.prompt], ids)] = False
     return trained
@@ -96,12 +98,18 @@ def _given(row: Rendered) -> list[str]:
     return [*given, row.prompt] if row.prompt is not None else given
 
 
-def _call(tokenizer: Any, texts: list[str], special_tokens: bool) -> Any:
-    return tokenizer(
+def _tokenize(
+    tokenizer: Any, texts: list[str], special_tokens: bool, *, offsets: bool = False
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """The ids of each text, and where each token stands in it (nothing without `offsets`)."""
+    if not texts:
+        return [], []
+    encoding = tokenizer(
         texts,
         add_special_tokens=special_tokens,
-        return_offsets_mapping=True,
+        return_offsets_mapping=offsets,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
+    return encoding["input_ids"], encoding["offset_mapping"] if offsets else [[] for _ in texts]

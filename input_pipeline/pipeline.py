@@ -156,10 +156,10 @@ def _feed(
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     fingerprint = {
         "tokens": data.store.fingerprint(),
-        "rows of a step": rows_per_step,
-        "rows of an epoch": keep,
+        "rows_per_step": rows_per_step,
+        "rows_per_epoch": keep,
         "pack": packed,
-        "row length": data.max_length,
+        "row_length": data.max_length,
         "seed": seed,
     }
     longest, useful = _usage(lengths, keep, stack, rows_per_step, seed)
