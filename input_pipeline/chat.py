@@ -6,6 +6,7 @@ next turn. It is read off the template itself (see `turns.py`); where that canno
 that says so.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from input_pipeline.template import REFUSALS, Template
 from input_pipeline.turns import Span, Turns, has_generation_blocks
 
 CURE = "Set model.chat_template to one with {% generation %} blocks, or train on all tokens"
+_TAGS = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\s+")
 _NO_PAIR = "has no prompt and completion; completion_only_loss needs both"
 
 
@@ -138,23 +140,33 @@ def _check_turns(marked: Turns, chat: _Rendering) -> None:
 
 def _trained_span(i: int, turn: Span, chat: _Rendering) -> Trained:
     """From the end of the generation prompt of messages[i] to the end of its turn."""
-    text, tokenizer = chat.text, chat.template.tokenizer
-    closed = (
-        i == len(chat.messages) - 1 and text[turn.end :] == tokenizer.eos_token
-    )  # Phi-3 closes the whole chat with it
+    text, eos = chat.text, chat.template.tokenizer.eos_token
+    closed = i == len(chat.messages) - 1 and text[turn.end :] == eos  # Phi-3 closes the whole chat with it
     end = len(text) if closed else turn.end
     history = chat.messages[:i] or [{"role": "user", "content": "?"}]  # templates do not render an empty chat
     given = chat.again(history, prompt=True)
     if i and text.startswith(given) and turn.start <= len(given) <= end:
         return Trained(len(given), end)
-    # The history is rendered otherwise once more messages follow it: take the generation prompt alone.
+    # The history is rendered otherwise once more messages follow, or there is none: take the generation prompt alone.
     before = chat.again(history, prompt=False)
     if not given.startswith(before):
         raise RowError(f"the chat template renders the messages before messages[{i}] otherwise in a prompt. {CURE}")
-    generation_prompt = given[len(before) :]
-    bos = tokenizer.bos_token or ""
-    start = turn.start + (len(bos) if i == 0 and text.startswith(bos, turn.start) else 0)
-    if text.startswith(generation_prompt, start):
-        return Trained(start + len(generation_prompt), end)
-    # The turn opens otherwise than the prompt says (R1's "<think>"): trained is what differs, token by token.
-    return Trained(start, end, given=text[:start] + generation_prompt)
+    prompt = given[len(before) :]
+    # What opens the chat (a first token, a system prompt of the template's own) is rendered with its first message.
+    start = text.find(prompt, turn.start, turn.end) if i == 0 else turn.start
+    if start >= 0 and text.startswith(prompt, start):
+        return Trained(start + len(prompt), end)
+    if i and _differs_in_tags_only(prompt, text[turn.start : turn.end]):
+        return Trained(turn.start, end, given=text[: turn.start] + prompt)  # trained is what differs, token by token
+    raise RowError(f"the chat template opens messages[{i}] otherwise than its generation prompt. {CURE}")
+
+
+def _differs_in_tags_only(prompt: str, turn: str) -> bool:
+    """Whether a turn opens as the generation prompt does, but for tags in which the prompt ends, as R1's "<think>"."""
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(prompt, turn, strict=False)) if a != b), min(len(prompt), len(turn))
+    )
+    tag = prompt.rfind("<", 0, shared)
+    if tag > prompt.rfind(">", 0, shared):
+        shared = tag
+    return shared > 0 and not _TAGS.sub("", prompt[shared:])

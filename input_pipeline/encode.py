@@ -87,9 +87,7 @@ def _first_difference(span: Trained, ids: np.ndarray, starts: np.ndarray, given:
     """The first token of a turn that the model is not given; some token of the turn must be given."""
     same = common_prefix(given, ids)
     if same < len(starts) and starts[same] <= span.start:
-        raise RowError(
-            f"the chat template's generation prompt shares no token with the start of the assistant's turn. {CURE}"
-        )
+        raise RowError(f"the chat template's generation prompt shares no token with the assistant's turn. {CURE}")
     return same
 
 

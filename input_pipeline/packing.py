@@ -21,8 +21,7 @@ from input_pipeline.order import permutation
 
 @dataclass(frozen=True)
 class Plan:
-    """Which documents share a row, by their rank in order of length, longest first: row r holds ranks[starts[r] :
-    starts[r + 1]]."""
+    """Which documents share a row, by their rank in order of length, longest first: `plan[r]` are those of row r."""
 
     ranks: np.ndarray = field(repr=False)
     starts: np.ndarray = field(repr=False)

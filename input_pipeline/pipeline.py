@@ -150,8 +150,8 @@ def _feed(
     stack = _Stack(accumulation, microbatch, data.max_length, fixed=packed)
     steps_of_epoch = lines.batch(rows_per_step, batch_fn=list).map(stack)
     steps = None if epochs is None else math.ceil(epochs * len(steps_of_epoch))
-    endless = steps_of_epoch.repeat(None if epochs is None else math.ceil(epochs))
-    batches = endless[:steps].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    every_step = steps_of_epoch.repeat(None if epochs is None else math.ceil(epochs))[:steps]
+    batches = every_step.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if prefetch:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
     fingerprint = {

@@ -37,10 +37,8 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Rows of tokens by index: ids int32 [T] and trained bool [T] of all rows on end, row i at offsets[i] : offsets[i
-    + 1].
-
-    `sources` [R, 2] says which row of which dataset each came from.
+    """Rows of tokens by index: `ids` int32 [T] and `trained` bool [T] of all R rows on end, `offsets` int64 [R + 1]
+    where each begins, and `sources` int64 [R, 2], which row of which dataset it came from.
     """
 
     ids: np.ndarray = field(repr=False)

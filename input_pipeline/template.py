@@ -1,7 +1,9 @@
 """A tokenizer's chat template: what it renders, where each message stands in that, and how it wants tool calls."""
 
+import datetime
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,18 @@ _WORD, _TOOL = "einkornword", "einkorntool"  # looked for in renderings, to see 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
 
 
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+@functools.lru_cache(maxsize=16)
+def _with_fixed_date(source: str) -> str:
+    """A template that asks for today's date, given the one that Llama 3's falls back on, 26 July 2024.
+
+    The data must be the same on every host and after midnight: a run that is resumed the next day must find its rows.
+    """
+    return _TODAY.sub(lambda call: json.dumps(datetime.date(2024, 7, 26).strftime(call[2])), source)
+
+
 @dataclass(frozen=True)
 class Template:
     """The chat template of a tokenizer."""
@@ -25,14 +39,19 @@ class Template:
     tokenizer: Any
 
     def source(self, tools: Any = None) -> str:
-        """The template's program (a tokenizer may have one of its own for chats with tools)."""
-        return self.tokenizer.get_chat_template(tools=tools)
+        """The template's program (a tokenizer may have one of its own for chats with tools), with its date fixed."""
+        return _with_fixed_date(self.tokenizer.get_chat_template(tools=tools))
 
     def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False, **kwargs: Any) -> str:
         """The chat as the tokenizer renders it; with `prompt`, ready for the assistant to answer."""
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **kwargs
+                list(messages),
+                tools=tools,
+                chat_template=self.source(tools),
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **kwargs,
             )
         except REFUSALS as error:
             raise RowError(f"the chat template does not take these messages: {error}") from error
@@ -73,7 +92,7 @@ class Template:
                 text = self.text([question, answer], [_PROBE])
             except RowError:
                 continue
-            rendered = text[text.rindex("?") :]  # without the tool's definition, which stands before the question
+            rendered = text[text.rfind("?") + 1 :]  # without the tool's definition, which stands before the question
             as_python, escaped = f"'{_WORD}'" in rendered, f'\\"{_WORD}' in rendered
             if _WORD in rendered and _TOOL in rendered and not as_python and not escaped:
                 return form

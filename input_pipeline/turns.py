@@ -10,6 +10,7 @@ Marks must not disturb: the caller compares the text without the marks to what t
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _OPEN, _CLOSE = "\U0010fa00", "\U0010fa01"  # private-use characters of plane 16: no text has them by accident
 _MARK = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NUMBER = "einkorn number"  # the key under which a message carries its number into the template
 
 
@@ -43,9 +43,11 @@ class Turns(NamedTuple):
     generated: tuple[Span, ...]
 
 
+@functools.lru_cache(maxsize=16)
 def has_generation_blocks(template: str) -> bool:
     """Whether a chat template says itself, with `{% generation %}`, what the assistant wrote."""
-    return _GENERATION.search(template) is not None
+    tokens = [token for token in _environment().lex(template) if token[1] != "whitespace"]
+    return any(a[1] == "block_begin" and b[2] == "generation" for a, b in itertools.pairwise(tokens))
 
 
 def find_turns(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> Turns:

@@ -88,8 +88,12 @@ def test_a_chat_without_an_assistant_trains_nothing(tokenizer):
     assert trained(Chat(messages=CHAT[:2]), tokenizer) == []
 
 
-def test_an_assistant_that_opens_the_chat_is_trained_too(tokenizer):
+def test_an_assistant_that_opens_the_chat_is_trained_too(tokenizer, tokenizer_maker):
     assert trained(Chat(messages=CHAT[2:4]), tokenizer) == ["Fine.<|im_end|>\n"]
+    # With a system prompt of the template's own before it, as SmolLM2's and Qwen2.5's write.
+    own = trl_template(tokenizer_maker, "qwen2_5")
+    assert "You are Qwen" in render(Chat(messages=CHAT[2:4]), Template(own), LossMask()).text
+    assert trained(Chat(messages=CHAT[2:4]), own) == ["Fine.<|im_end|>\n"]
 
 
 def test_text_that_looks_like_a_header_inside_a_user_turn_is_not_trained(tokenizer):
@@ -166,6 +170,14 @@ def test_the_form_of_tool_calls_is_found_by_trying(tokenizer_maker, template, fo
     assert Template(tokenizer).tool_call_form == form
 
 
+def test_a_template_that_writes_todays_date_writes_the_same_every_day(tokenizer_maker):
+    source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    chat = Chat(messages=CHAT[1:3])
+    tokenizer = with_template(tokenizer_maker, source)
+    assert render(chat, Template(tokenizer), LossMask()).text == "26 Jul 2024[user]How are you?[assistant]Fine."
+    assert trained(chat, tokenizer) == ["[assistant]Fine."]
+
+
 def test_arguments_are_given_as_a_string_to_a_template_that_wants_one(tokenizer_maker):
     source = (
         "{% for m in messages %}{{ m.role }}:{{ m.content or '' }}"
@@ -220,7 +232,13 @@ CURE = "Set model.chat_template to one with {% generation %} blocks, or train on
         (
             "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}{{ '<think>' if add_generation_prompt }}",
             CHAT[1:],
-            f"the chat template's generation prompt shares no token with the start of the assistant's turn. {CURE}",
+            f"the chat template opens messages[1] otherwise than its generation prompt. {CURE}",
+        ),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+            "{{ '<|im_start|>model\n' if add_generation_prompt }}",
+            CHAT[1:],
+            f"the chat template opens messages[1] otherwise than its generation prompt. {CURE}",
         ),
     ],
 )

@@ -40,11 +40,13 @@ def test_the_longest_come_first_and_each_goes_where_it_fits_best():
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), length=st.integers(40, 70))
 def test_rows_are_those_of_trl(lengths, length):
-    table = datasets.Dataset.from_dict({"input_ids": [list(range(n)) for n in lengths]})
+    table = datasets.Dataset.from_dict(
+        {"input_ids": [[1000 * d + 1 + i for i in range(n)] for d, n in enumerate(lengths)]}
+    )
     packed = trl.pack_dataset(table, length, "bfd", map_kwargs={"keep_in_memory": True})
-    by_rank = np.sort(np.asarray(lengths))[::-1]
-    ours = plan(np.asarray(lengths), length)
-    assert [by_rank[ours[row]].tolist() for row in range(len(ours))] == packed["seq_lengths"][:]
+    counts = np.asarray(lengths)
+    ours = Packed(documents(lengths), lengths=counts, plan=plan(counts, length), seed=None)
+    assert [ours[row].columns[:, 0].tolist() for row in range(len(ours))] == packed["input_ids"][:]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -56,6 +56,7 @@ def test_generation_blocks_are_reported_with_their_places_even_inside_macros():
         "{% for m in messages %}{{ say(m) }}{% endfor %}"
     )
     assert has_generation_blocks(template)
+    assert not has_generation_blocks("{# {% generation %} is for others #}{% if generation %}{% endif %}")
     assert turns(template, CHAT[:2]).generated == (Span(1, 9), Span(11, 20))
 
 
