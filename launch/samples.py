@@ -1,7 +1,7 @@
 """Sample answers: the same few prompts, answered before and after training, for the report."""
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -10,21 +10,13 @@ from input_pipeline.catalog import Entry, open_dataset
 from input_pipeline.examples import Chat, RowError
 from launch.assemble import Model
 from models.generate import generate, stop_ids_of
+from trainers.report import Sample
 
 log = logging.getLogger("einkorn")
 
 HOW_MANY = 3
 LONGEST_PROMPT = 512  # tokens
 LONGEST_ANSWER = 96  # tokens
-
-
-class Sample(NamedTuple):
-    """A prompt, the answer in the data, and the model's own before and after training (None: not asked)."""
-
-    prompt: str
-    expected: str
-    before: str | None
-    after: str | None
 
 
 class Samples:
@@ -55,10 +47,10 @@ class Samples:
 
     def all(self) -> list[Sample]:
         """The prompts with all that was answered."""
-        nothing = [None] * len(self._chats)
-        answers = zip(self._answers.get("before", nothing), self._answers.get("after", nothing), strict=True)
+        unasked = ["(a resumed run)"] * len(self._chats)
+        answers = zip(self._answers.get("before", unasked), self._answers.get("after", unasked), strict=True)
         return [
-            Sample(prompt, expected, before, after)
+            Sample(prompt, before, after, expected)
             for (_, prompt, expected), (before, after) in zip(self._chats, answers, strict=True)
         ]
 

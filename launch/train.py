@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import derived
-from configs.load import Loaded, dump
+from configs.load import Loaded, dump, plain
 from input_pipeline.pipeline import Feed, eval_feed, train_feed
 from launch import assemble, distributed
 from launch.assemble import Model
@@ -20,10 +20,12 @@ from models import weights
 from models.decoder import abstract_params
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
+from trainers.environment import describe_environment
 from trainers.loop import Every, Run, Schedule
 from trainers.loop import train as run_loop
 from trainers.metrics import Metrics
 from trainers.progress import Progress, final_block, start_block
+from trainers.report import write_report
 from trainers.resume import refuse_other_config
 from trainers.sft import sft_loss
 from trainers.step import Step, TrainState, build_step
@@ -86,10 +88,15 @@ def _train(
             checkpoints=checkpoints,
             evaluation=_evaluation(config, model, mesh, feed),
             meta={
-                "config": _plain(config),
+                "config": plain(config),
                 "config_text": dump(config),
                 "rows_per_step": rows_per_step(config, mesh),
-                "model": {"folder": str(model.folder), "hf_config": model.hf_config},
+                "model": {
+                    "folder": str(model.folder),
+                    "hf_config": model.hf_config,
+                    "dtype": model.dtype.name,
+                    "chat_template": config.model.chat_template,
+                },
             },
             tokens_seen=int(meta.get("tokens_seen", 0)),
         )
@@ -107,7 +114,7 @@ def _train(
         if training.save_final_model:
             export(folder, state.params, model)
         samples.after(state.params)
-        report = None
+        report = _report(config, model, feed, samples, folder) if jax.process_index() == 0 else None
         progress.note(
             final_block(
                 output_dir=training.output_dir,
@@ -132,10 +139,11 @@ def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
         seed=training.data_seed,
         shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
         drop_last=training.trainer_kwargs.dataloader_drop_last,
-        **_masking(config),
+        **masking(config),
     )
-    for notice in feed.notices:
-        log.info(notice)
+    for notice in (*feed.notices, optim.notice(training.optimizer)):
+        if notice:
+            log.info(notice)
     return feed
 
 
@@ -232,7 +240,7 @@ def _resume(
     meta = read_meta(checkpoints.find(which))
     for line in refuse_other_config(
         meta["config"],
-        _plain(config),
+        plain(config),
         same_rows_per_step=feed.batches.get_state()["data"]["rows_per_step"] == meta["rows_per_step"],
         allowed=allow_config_change,
         how_to_allow="pass --allow-config-change",
@@ -258,7 +266,7 @@ def _evaluation(config: ConfigDict, model: Model, mesh: Mesh, feed: Feed) -> Cal
         model.tokenizer,
         rows_per_step=training.per_device_eval_batch_size * replicas,
         seed=training.data_seed,
-        **_masking(config),
+        **masking(config),
     )
     beginning = validation.batches.get_state()
 
@@ -269,7 +277,8 @@ def _evaluation(config: ConfigDict, model: Model, mesh: Mesh, feed: Feed) -> Cal
     return again
 
 
-def _masking(config: ConfigDict) -> dict[str, Any]:
+def masking(config: ConfigDict) -> dict[str, Any]:
+    """What `train_feed`, `eval_feed` and `read_data` are told of which tokens are trained, and of the longest row."""
     kwargs = config.training.trainer_kwargs
     return {
         "max_length": derived.max_length(config),
@@ -325,19 +334,25 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
     )
 
 
+def _report(config: ConfigDict, model: Model, feed: Feed, samples: Samples, folder: Path) -> Path:
+    """The page that shows what the run did; reported beside the model."""
+    total, _ = assemble.parameter_count(model)
+    return write_report(
+        folder,
+        title=derived.run_name(config) or f"{config.training.trainer_type} of {Path(config.model.model_name).name}",
+        subtitle=f"{total:,} parameters, {feed.counts.used:,} rows, {feed.counts.tokens:,} tokens in an epoch",
+        config_text=dump(config),
+        environment=describe_environment(),
+        samples=samples.all(),
+        counts={"train": feed.counts._asdict()},
+        commands=(f"vllm serve {folder}", f"einkorn chat -m {folder}"),
+    )
+
+
 def _wandb(config: ConfigDict, meta: dict[str, Any]) -> dict[str, Any]:
     name = derived.run_name(config)
     return {
-        "config": _plain(config),
+        "config": plain(config),
         **({"name": name} if name else {}),
         **({"id": meta["wandb_id"]} if meta.get("wandb_id") else {}),
     }
-
-
-def _plain(value: Any) -> Any:
-    """A configuration as dicts, lists and scalars."""
-    if isinstance(value, (ConfigDict, dict)):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value

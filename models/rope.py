@@ -47,7 +47,9 @@ def rope_config(fields: Any, *, head_width: int) -> Rope:
     parameters.pop("type", None)
     if kind not in SCALINGS:
         raise ValueError(f"not implemented yet: rope type {kind!r} in config.json; implemented: {', '.join(SCALINGS)}")
-    inverse_P = theta ** -(np.arange(0, head_width, 2, dtype=np.float64) / head_width)
+    # In float32, rounded where transformers rounds: a last bit of a frequency is an angle of 1e-5 at position 1,000.
+    power_P = np.float32(theta) ** (np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width))
+    inverse_P = np.float32(1) / power_P
     try:
         scaled_P = SCALINGS[kind](inverse_P, **parameters)
     except TypeError as error:
@@ -74,11 +76,11 @@ def _llama3(
     """Slow pairs (wavelength beyond the trained context) are divided by `factor`, fast ones kept, those between
     interpolated.
     """
-    wavelength_P = 2 * math.pi / inverse_P
+    wavelength_P = np.float32(2 * math.pi) / inverse_P
     trained = original_max_position_embeddings
     blend_P = (trained / wavelength_P - low_freq_factor) / (high_freq_factor - low_freq_factor)
     blend_P = np.clip(blend_P, 0.0, 1.0)
-    return (1 - blend_P) * inverse_P / factor + blend_P * inverse_P
+    return (1 - blend_P) * (inverse_P / factor) + blend_P * inverse_P
 
 
 SCALINGS: dict[str, Callable[..., np.ndarray]] = {"default": _default, "linear": _linear, "llama3": _llama3}

@@ -38,11 +38,8 @@ def load_params(folder: Path, config: DecoderConfig, *, shardings: Any, dtype: A
     below one shard of one leaf. Raises ValueError naming each tensor that is missing, misshapen, unclaimed or unlike
     its tied twin.
     """
-    family = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     leaves = paths(abstract_params(config, dtype=dtype))
-    places = {path: _place(path, leaf.shape, family.WEIGHTS) for path, leaf in leaves.items()}
-    stored = stored_tensors(folder)
-    _check(folder, stored, places, family.WEIGHTS, ignored=family.IGNORED, tied=config.tied_head)
+    stored, places = check_weights(folder, config)
     alike = isinstance(shardings, jax.sharding.Sharding)
     sharding_of = dict.fromkeys(leaves, shardings) if alike else paths(shardings)
     loaded = {}
@@ -51,6 +48,19 @@ def load_params(folder: Path, config: DecoderConfig, *, shardings: Any, dtype: A
             tensors = [stored[name] for name in places[path].names]
             loaded[path] = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool)
     return nested(loaded)
+
+
+def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Stored], dict[str, Place]]:
+    """Holds the headers of a folder's files against the parameter tree, without reading the weights.
+
+    Returns the stored tensors by name, and the place of each leaf in them; raises as `load_params` does.
+    """
+    family = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    leaves = paths(abstract_params(config, dtype=jnp.float32))
+    places = {path: _place(path, leaf.shape, family.WEIGHTS) for path, leaf in leaves.items()}
+    stored = stored_tensors(folder)
+    _check(folder, stored, places, family.WEIGHTS, ignored=family.IGNORED, tied=config.tied_head)
+    return stored, places
 
 
 def save_folder(
@@ -200,7 +210,7 @@ def _write_weights(
 @contextlib.contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder to write in, put in the place of `folder` when all went well, and removed in any case."""
-    part = folder.parent / f".{folder.name}.part"
+    part = folder / ".export.part" if folder.exists() else folder.parent / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:

@@ -102,6 +102,21 @@ def restore_folder(folder: str | Path, abstract_state: Any) -> Restored:
     return Restored(meta["checkpoint"]["step"], state, data_state, meta)
 
 
+def restore_part(folder: str | Path, part: str, abstract: Any) -> Any:
+    """Restores one branch of the state in `folder`, such as "params", and reads nothing else; see `restore_folder`."""
+    folder = Path(folder)
+    prefixed = {f"{part}/{name}": leaf for name, leaf in leaves_by_path(abstract).items()}
+    saved = read_meta(folder)["checkpoint"]["tree"]
+    found_there = {name: text for name, text in saved.items() if name.startswith(f"{part}/")}
+    _refuse_other_tree(folder.name, saved=found_there, wanted=fingerprint(prefixed))
+    wanted = {name: _abstract(name, leaf) for name, leaf in prefixed.items()}
+    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as orbax:
+        request = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+        found = orbax.restore(folder.absolute() / STATE, args=request)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+
+
 class Checkpoints:
     """The checkpoints of one run, which alone may write to `output_dir` until `close()`.
 

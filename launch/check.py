@@ -1,0 +1,106 @@
+"""`einkorn check`: everything that can be found out without training, and who set what."""
+
+import math
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from configs.load import Loaded, explain
+from input_pipeline.pipeline import Feed, eval_feed
+from launch import assemble
+from launch.assemble import Model
+from launch.train import learning_rate_of, masking, rows_per_step, schedule_of, step_of, train_data
+from models.decoder import abstract_params
+from models.sharding import parameter_shardings
+from models.weights import check_weights
+
+GIB = 2**30
+
+
+def run(loaded: Loaded) -> None:
+    """Print the effective configuration, then what was found; the first thing that cannot work is a ValueError."""
+    config = loaded.config
+    console = Console()
+    console.print(_settings(loaded))
+    mesh = assemble.prepare_devices(config)
+    model = assemble.open_model(config)
+    if config.model.load_pretrained_weights:
+        check_weights(model.folder, model.config)
+    feed = train_data(config, model, mesh)
+    if config.data.validation.datasets:
+        eval_feed(
+            config.data, model.tokenizer, rows_per_step=rows_per_step(config, mesh), seed=0, **masking(config)
+        ).batches.close()
+    plan = schedule_of(config, feed)
+    learning_rate = learning_rate_of(config, plan.steps)
+    counts = feed.counts
+    total, _ = assemble.parameter_count(model)
+    found = [
+        ("model", f"{model.folder}, {total:,} parameters in {model.dtype.name}"),
+        ("devices", f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {_split(mesh)}"),
+        (
+            "data",
+            f"{counts.used:,} of {counts.read:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} trained",
+        ),
+        ("steps", f"{plan.steps:,} of {rows_per_step(config, mesh):,} rows of up to {feed.longest:,} tokens"),
+        (
+            "learning rate",
+            f"{float(learning_rate(0)):.3g} at first, {float(learning_rate(plan.steps - 1)):.3g} at last",
+        ),
+        *((name, f"{size / GIB:.2f} GiB a device") for name, size in memory(config, mesh, model, feed, learning_rate)),
+    ]
+    feed.batches.close()
+    for name, text in found:
+        console.print(f"{name:>26}  {text}", highlight=False, markup=False)
+    console.print("Nothing stands in the way of `einkorn train`.")
+
+
+def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
+    """Bytes a device, by kind. Exact for what lies there between steps; activations by a formula, good to some 30 %."""
+    step = step_of(config, model, mesh, learning_rate)
+    abstract = abstract_params(model.config, dtype=model.dtype)
+    params = _bytes(abstract, parameter_shardings(abstract, mesh))
+    state = jax.eval_shape(step.init.jitted, abstract)  # type: ignore[attr-defined]
+    moments = _bytes(state.opt_state, step.shardings.opt_state)
+    compute = assemble.compute_of(config, model)
+    accumulating = config.training.gradient_accumulation_steps > 1
+    gradients = params * (2 if accumulating and model.dtype.itemsize == 2 else 1) * (2 if accumulating else 1)
+    c, width = model.config, compute.dtype.itemsize
+    tokens = config.training.per_device_train_batch_size * feed.longest / (mesh.shape["context"] * mesh.shape["tensor"])
+    scores = c.heads * feed.longest * 4  # float32, for each token of each layer
+    whole = width * (8 * c.width + 3 * c.heads * c.head_width + 4 * c.mlp_width) + scores * 2
+    kept = {"none": whole, "dots": whole / 2, "full": width * c.width}[compute.remat]
+    activations = tokens * (c.layers * kept + (whole if compute.remat != "none" else 0)) + 1024 * c.vocabulary * 12
+    parts = [
+        ("parameters", params),
+        ("optimizer", moments),
+        ("gradients", gradients),
+        ("activations, about", activations),
+    ]
+    return [*parts, ("in all, about", sum(size for _, size in parts))]
+
+
+def _bytes(tree, shardings) -> float:
+    """Bytes that one device holds of a tree of ShapeDtypeStructs."""
+    sizes = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        tree,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _settings(loaded: Loaded) -> Table:
+    table = Table("key", "value", "set by", title="Configuration", title_justify="left")
+    for row in explain(loaded):
+        if row.origin != "default":
+            table.add_row(row.path, row.value, row.origin)
+    table.caption = "All other keys stand at their defaults."
+    return table
+
+
+def _split(mesh: Mesh) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
