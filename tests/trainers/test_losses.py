@@ -1,0 +1,99 @@
+"""The loss by hand, against the plain formula, and against transformers' and TRL's variants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.losses import Sum, cross_entropy
+
+
+def plain(hidden, head, targets, weights, *, label_smoothing=0.0, detached_weight=False):
+    """The formula as written, with all logits at once."""
+    log_p = jax.nn.log_softmax(jnp.einsum("bld,vd->blv", hidden, head))
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    if detached_weight:
+        nll = jax.lax.stop_gradient(jnp.exp(-nll)) * nll
+    elif label_smoothing:
+        nll = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(axis=-1)
+    return (nll * weights).sum()
+
+
+def made(seed: int, B: int, L: int, D: int = 8, V: int = 11, trained: float = 0.5):
+    random = np.random.default_rng(seed)
+    return (
+        random.standard_normal((B, L, D)).astype(np.float32),
+        random.standard_normal((V, D)).astype(np.float32),
+        random.integers(0, V, (B, L)).astype(np.int32),
+        (random.random((B, L)) < trained).astype(np.float32) * random.choice([1.0, 0.5], (B, L)).astype(np.float32),
+    )
+
+
+def test_two_equal_logits_cost_the_logarithm_of_two():
+    # hidden 0 makes all logits 0: p = 1/2 for each of two words, nll = log 2, entropy = log 2, and the first word wins.
+    hidden, head = jnp.zeros((1, 3, 4)), jnp.ones((2, 4))
+    loss, metrics = cross_entropy(hidden, head, jnp.array([[0, 1, 0]]), jnp.array([[1.0, 1.0, 0.0]]))
+    np.testing.assert_allclose(loss.total, 2 * np.log(2), rtol=1e-6)
+    assert float(loss.count) == 2
+    np.testing.assert_allclose(metrics["entropy"].mean(), np.log(2), rtol=1e-6)
+
+
+def test_logits_of_one_and_zero_by_hand():
+    # logits (1, 0): -log p(first) = log(1 + 1/e), -log p(second) = 1 + log(1 + 1/e).
+    hidden, head = jnp.array([[[1.0], [1.0]]]), jnp.array([[1.0], [0.0]])
+    loss, metrics = cross_entropy(hidden, head, jnp.array([[0, 1]]), jnp.ones((1, 2)))
+    np.testing.assert_allclose(loss.total, 1 + 2 * np.log1p(np.exp(-1)), rtol=1e-6)
+    assert float(metrics["mean_token_accuracy"].mean()) == 0.5
+
+
+@given(
+    seed=st.integers(0, 1000),
+    B=st.integers(1, 3),
+    L=st.integers(1, 9),
+    chunk=st.sampled_from([1, 3, 4, 1024]),
+    variant=st.sampled_from([{}, {"label_smoothing": 0.1}, {"detached_weight": True}]),
+    trained=st.sampled_from([0.0, 0.2, 1.0]),
+)
+@settings(max_examples=25, deadline=None)
+def test_chunks_give_the_plain_formula_and_its_gradients(seed, B, L, chunk, variant, trained):
+    hidden, head, targets, weights = made(seed, B, L, trained=trained)
+
+    def ours(hidden, head):
+        return cross_entropy(hidden, head, targets, weights, chunk=chunk, **variant)[0].total
+
+    value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, head)
+    expected, wanted = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head, targets, weights, **variant)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(hidden, head), expected, rtol=1e-5, atol=1e-6)  # without gradients
+    for got, want in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_label_smoothing_is_that_of_transformers():
+    import torch
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    hidden, head, targets, weights = made(5, 2, 6)
+    live = weights > 0
+    labels = torch.tensor(np.where(live, targets, -100), dtype=torch.long)
+    logits = torch.tensor(np.einsum("bld,vd->blv", hidden, head))
+    expected = LabelSmoother(epsilon=0.2)({"logits": logits}, labels).item()
+    loss, _ = cross_entropy(hidden, head, targets, live.astype(np.float32), label_smoothing=0.2)
+    np.testing.assert_allclose(loss.mean(), expected, rtol=1e-5)
+
+
+def test_logits_of_ten_thousand_stay_finite():
+    hidden, head = jnp.full((1, 2, 1), 100.0), jnp.array([[100.0], [-100.0]])
+    (loss, _), grads = jax.value_and_grad(
+        lambda hidden: (lambda s, m: (s.total, m))(*cross_entropy(hidden, head, jnp.array([[0, 1]]), jnp.ones((1, 2)))),
+        has_aux=True,
+    )(hidden)
+    assert float(loss) == 20000.0
+    assert np.isfinite(grads).all()
+
+
+@pytest.mark.parametrize(("total", "count", "mean"), [(6.0, 3.0, 2.0), (0.0, 0.0, 0.0)])
+def test_a_sum_over_nothing_is_zero(total, count, mean):
+    assert float(Sum(jnp.float32(total), jnp.float32(count)).mean()) == mean
