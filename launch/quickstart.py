@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 CONFIG = "configs/quickstart/sft.yaml"
 HELD_OUT = Path("configs/quickstart/heldout.jsonl")
-ROWS = 48  # of the held-out file: enough to see the difference, few enough for a laptop
+ROWS = 32  # of the held-out file: enough to see the difference, few enough for a laptop
 LONGEST_ANSWER = 64  # tokens; the longest expected answer has 54
 SHOWN = 3
 

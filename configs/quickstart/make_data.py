@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 SEED = 20250314
-TRAIN_ROWS, HELD_OUT_ROWS = 256, 64
-SYSTEM = "Extract kind, person, company, date and amount as JSON."
+TRAIN_ROWS, HELD_OUT_ROWS = 192, 64
+SYSTEM = "Reply with kind, person, company, date and amount as JSON."
 KEYS = ("kind", "person", "company", "date", "amount")
 
 FIRST = [
@@ -148,7 +148,7 @@ def make_rows(rng: random.Random, count: int, *, last: list[str], companies: lis
 
 def make_pair(rng: random.Random, kind: str, wording: str, *, last: list[str], companies: list[str]) -> tuple[str, str]:
     """One message and its answer."""
-    asides = rng.sample(ASIDES, rng.choice([0, 0, 0, 1, 1, 2, 3]))
+    asides = rng.sample(ASIDES, rng.choice([0, 0, 0, 0, 0, 0, 0, 1, 3, 5]))
     wording = " ".join([rng.choice(OPENINGS) + wording, *asides])
     day = datetime.date(2024, 1, 1) + datetime.timedelta(days=rng.randrange(3 * 365))
     cents = rng.choice([rng.randrange(10, 100) * 100, rng.randrange(1_000, 100_000), rng.randrange(1_000, 10_000) * 50])
