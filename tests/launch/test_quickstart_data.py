@@ -13,7 +13,6 @@ import pytest
 from configs.load import load
 from input_pipeline.packing import plan
 from input_pipeline.tokenizer import load_tokenizer
-from launch.smollm2 import fetch_smollm2
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs/quickstart"
 
@@ -84,8 +83,8 @@ def test_kinds_come_in_equal_shares_and_no_message_twice() -> None:
         assert len(set(texts)) == len(texts)
 
 
-def test_packing_leaves_less_than_three_percent_of_the_rows_empty() -> None:
-    tokenizer = load_tokenizer(str(fetch_smollm2()))
+def test_packing_leaves_less_than_three_percent_of_the_rows_empty(smollm2_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm2_folder))
     texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in read("train")]
     lengths = np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
     row = load(str(QUICKSTART / "sft.yaml")).config.model.model_max_length
