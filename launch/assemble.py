@@ -95,6 +95,16 @@ def parameter_count(model: Model) -> tuple[int, int]:
     return total, total - (0 if model.config.tied_head else sizes["embed/embedding"])
 
 
+def summary(model: Model, mesh: Mesh) -> str:
+    """Every parameter: its path, shape, dtype, and how it is split over the mesh."""
+    abstract = abstract_params(model.config, dtype=model.dtype)
+    places = paths(parameter_shardings(abstract, mesh))
+    lines = [
+        f"  {path:36} {leaf.shape!s:24} {leaf.dtype} {places[path].spec}" for path, leaf in paths(abstract).items()
+    ]
+    return "\n".join(["Parameters", *lines])
+
+
 def _changes(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """`model.model_kwargs` as fields of config.json; Oumi's `disable_dropout` sets every dropout to zero."""
     if changes.pop("disable_dropout", False):

@@ -54,7 +54,7 @@ def run(loaded: Loaded) -> None:
     ]
     feed.batches.close()
     for name, text in found:
-        console.print(f"{name:>26}  {text}", highlight=False, markup=False)
+        console.print(f"{name:>26}  {text}", highlight=False, markup=False, soft_wrap=True)
     console.print("Nothing stands in the way of `einkorn train`.")
 
 
@@ -94,7 +94,9 @@ def _bytes(tree, shardings) -> float:
 
 
 def _settings(loaded: Loaded) -> Table:
-    table = Table("key", "value", "set by", title="Configuration", title_justify="left")
+    table = Table(title="Configuration", title_justify="left")
+    for heading in ("key", "value", "set by"):
+        table.add_column(heading, overflow="fold")
     for row in explain(loaded):
         if row.origin != "default":
             table.add_row(row.path, row.value, row.origin)

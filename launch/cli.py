@@ -46,9 +46,10 @@ def train(
     """Train as the file says. Any key can be set from here: --training.max_steps 10,
     --data.train.datasets[0].dataset_path x
     """
+    loaded = _load(config, context.args)
     from launch.train import run
 
-    run(_load(config, context.args), allow_config_change=allow_config_change)
+    run(loaded, allow_config_change=allow_config_change)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -56,9 +57,10 @@ def check(context: typer.Context, config: Config) -> None:
     """Resolve and check all that can be without training: keys, files, tokenizer, template, model, mesh, memory; show
     who set what.
     """
+    loaded = _load(config, context.args)
     from launch.check import run
 
-    run(_load(config, context.args))
+    run(loaded)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -69,9 +71,10 @@ def inspect(
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
 ) -> None:
     """Show rows of the data token by token, the trained ones coloured, and how long the rows are."""
+    loaded = _load(config, context.args)
     from launch.inspect import run
 
-    run(_load(config, context.args), rows=rows, split=split)
+    run(loaded, rows=rows, split=split)
 
 
 @app.command()

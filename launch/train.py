@@ -1,5 +1,6 @@
 """`einkorn train`: put a run together from its configuration, train, and leave a model that transformers loads."""
 
+import io
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +10,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from configs import derived
 from configs.load import Loaded, dump, plain
+from input_pipeline.inspect import print_row
 from input_pipeline.pipeline import Feed, eval_feed, train_feed
+from input_pipeline.reading import read_data
 from launch import assemble, distributed
 from launch.assemble import Model
 from launch.samples import Samples
@@ -75,6 +79,10 @@ def _train(
         Progress(plan.steps, done_steps=start) as progress,
     ):
         progress.note(_beginning(config, mesh, model, feed, plan, start))
+        if training.log_model_summary:
+            progress.note(assemble.summary(model, mesh))
+        if training.log_examples:
+            progress.note(_examples(config, model))
         parts = Run(
             step=step,
             frozen=None,
@@ -268,6 +276,8 @@ def _evaluation(config: ConfigDict, model: Model, mesh: Mesh, feed: Feed) -> Cal
         seed=training.data_seed,
         **masking(config),
     )
+    for notice in validation.notices:
+        log.info(notice)
     beginning = validation.batches.get_state()
 
     def again() -> Iterator[Any]:
@@ -314,7 +324,7 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
     data = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
     refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
     data += "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
-    packed = [("packing", f"{100 * feed.useful:.1f} % of each row is used")] if feed.useful is not None else []
+    filled = [("filled", f"{100 * (feed.useful or 0):.1f} % of all places hold a token")]
     return start_block(
         title=f"einkorn: {config.training.trainer_type} of {config.model.model_name}",
         device_kind=mesh.devices.flat[0].device_kind,
@@ -330,8 +340,18 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
         epochs=config.training.num_train_epochs if config.training.max_steps <= 0 else None,
         resumed_from=f"checkpoint-{start}" if start else None,
         output_dir=config.training.output_dir,
-        more=[("data", data), *packed],
+        more=[("data", data), *filled],
     )
+
+
+def _examples(config: ConfigDict, model: Model) -> str:
+    """The first rows of the training data, token by token, as `einkorn inspect` shows them."""
+    console = Console(file=io.StringIO(), width=120)
+    seed = config.training.data_seed
+    data = read_data(config.data.train, model.tokenizer, seed=seed, what="train", **masking(config))
+    for row in range(min(3, len(data.store))):
+        print_row(console, data, row, model.tokenizer, ids=True)
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _report(config: ConfigDict, model: Model, feed: Feed, samples: Samples, folder: Path) -> Path:
