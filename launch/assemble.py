@@ -48,7 +48,7 @@ def prepare_devices(config: ConfigDict) -> Mesh:
 def open_model(config: ConfigDict) -> Model:
     """Find the model and read its configuration and tokenizer, no weights; ValueError says what does not fit."""
     model = config.model
-    folder = hub.resolve(model.model_name, revision=model.model_revision)
+    folder = hub.resolve(model.model_name, revision=model.model_revision, weights=model.load_pretrained_weights)
     hf_config = _read(folder / "config.json") | _changes(folder, dict(model.model_kwargs))
     tokenizer = load_tokenizer(
         model.tokenizer_name or str(folder),

@@ -1,6 +1,7 @@
 """`einkorn check`: everything that can be found out without training, and who set what."""
 
 import math
+import os
 
 import jax
 from jax.sharding import Mesh
@@ -45,7 +46,7 @@ def run(loaded: Loaded) -> None:
             "data",
             f"{counts.used:,} of {counts.read:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} trained",
         ),
-        ("steps", f"{plan.steps:,} of {rows_per_step(config, mesh):,} rows of up to {feed.longest:,} tokens"),
+        ("steps", f"{plan.steps:,}, each with {rows_per_step(config, mesh):,} rows of up to {feed.longest:,} tokens"),
         (
             "learning rate",
             f"{float(learning_rate(0)):.3g} at first, {float(learning_rate(plan.steps - 1)):.3g} at last",
@@ -55,7 +56,7 @@ def run(loaded: Loaded) -> None:
     feed.batches.close()
     for name, text in found:
         console.print(f"{name:>26}  {text}", highlight=False, markup=False, soft_wrap=True)
-    console.print("Nothing stands in the way of `einkorn train`.")
+    console.print(_verdict(memory(config, mesh, model, feed, learning_rate)[-1][1], mesh))
 
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
@@ -81,6 +82,19 @@ def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_ra
         ("activations, about", activations),
     ]
     return [*parts, ("in all, about", sum(size for _, size in parts))]
+
+
+def _verdict(needed: float, mesh: Mesh) -> str:
+    """What to make of the memory that is needed on a device, where the device says what it has."""
+    there = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    if there is None and mesh.devices.flat[0].platform == "cpu" and hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size
+    if there is not None and needed > there:
+        return (
+            f"Memory is likely not to suffice: about {needed / GIB:.2f} GiB of {there / GIB:.2f} a device. Lower "
+            "training.per_device_train_batch_size or model.model_max_length, or set training.remat_policy: full."
+        )
+    return "Nothing stands in the way of `einkorn train`."
 
 
 def _bytes(tree, shardings) -> float:

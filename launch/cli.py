@@ -3,6 +3,7 @@
 It ends with a code of `trainers.exits.Exit`; anything else is a fault of the program, with its traceback.
 """
 
+import importlib.util
 import logging
 import os
 import signal
@@ -40,7 +41,11 @@ def train(
     context: typer.Context,
     config: Config,
     allow_config_change: Annotated[
-        bool, typer.Option(help="Resume even though settings of model, data or batch differ from the checkpoint's.")
+        bool,
+        typer.Option(
+            "--allow-config-change",
+            help="Resume even though settings of model, data or batch differ from the checkpoint's.",
+        ),
     ] = False,
 ) -> None:
     """Train as the file says. Any key can be set from here: --training.max_steps 10,
@@ -151,7 +156,7 @@ def _load(source: str, options: list[str]):
 
 def _start_logging(level: str, others: str) -> None:
     """Our own loggers at `training.log_level`, those of libraries at `training.dep_log_level`."""
-    logging.basicConfig(level=others.upper(), format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=others.upper(), format="%(message)s", stream=sys.stderr, force=True)
     for name in ("einkorn", "configs", "input_pipeline", "models", "trainers", "launch"):
         logging.getLogger(name).setLevel(level.upper())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -167,12 +172,12 @@ def _fail(error: BaseException, code: int) -> None:
 
 def _own_packages() -> None:
     """Refuse to start with another distribution's `configs`, `models`, … in the place of ours."""
-    import configs
-
     home = Path(__file__).resolve().parent.parent
-    if (found := Path(configs.__file__ or "").resolve().parent.parent) != home:
-        print(
-            f"error: `configs` is {found / 'configs'}, not einkorn's own in {home}; uninstall the other one",
-            file=sys.stderr,
-        )
-        sys.exit(Exit.BAD_INPUT)
+    for name in ("configs", "input_pipeline", "models", "trainers"):
+        found = importlib.util.find_spec(name)
+        if found is None or Path(found.origin or "").resolve().parent.parent != home:
+            where = "missing" if found is None else found.origin or list(found.submodule_search_locations or ())
+            print(
+                f"error: package {name} is {where}, not einkorn's own in {home}; uninstall the other", file=sys.stderr
+            )
+            sys.exit(Exit.BAD_INPUT)

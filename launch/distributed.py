@@ -1,4 +1,4 @@
-"""Start of the processes of one run, from what the environment says: TPU pod, SLURM, Open MPI, Kubernetes, or an
+"""Start of the processes of one run, from what the environment says: TPU pod, SLURM, Open MPI, or an
 explicit address.
 
 An explicit start sets, for each process: `EINKORN_COORDINATOR=host:port`, `EINKORN_PROCESSES=n`, `EINKORN_PROCESS=i`.

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.catalog import Entry, open_dataset
 from input_pipeline.examples import Chat, RowError
+from input_pipeline.template import Template
 from launch.assemble import Model
 from models.generate import generate, stop_ids_of
 from trainers.report import Sample
@@ -35,7 +36,8 @@ class Samples:
         split = config.data.validation if config.data.validation.datasets else config.data.train
         if jax.process_count() > 1 or not model.tokenizer.chat_template:
             return cls(model, [])
-        return cls(model, _first_chats(split.datasets[0], model.tokenizer))
+        field = config.training.trainer_kwargs.dataset_text_field
+        return cls(model, _first_chats(split.datasets[0], model.tokenizer, text_field=field))
 
     def before(self, params: Any) -> None:
         """Answer with the parameters that training starts from."""
@@ -68,21 +70,23 @@ class Samples:
         self._answers[when] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
 
-def _first_chats(entry: Any, tokenizer: Any) -> list[tuple[list[int], str, str]]:
+def _first_chats(entry: Any, tokenizer: Any, *, text_field: str) -> list[tuple[list[int], str, str]]:
     """(prompt ids, the user's last words, the answer in the data) of the first usable chats."""
-    dataset = open_dataset(Entry.of(entry), skip_bad_rows=True)
+    dataset = open_dataset(Entry.of(entry), skip_bad_rows=True, text_field=text_field)
+    template = Template(tokenizer)
     found: list[tuple[list[int], str, str]] = []
     for row in range(min(len(dataset), 10 * HOW_MANY)):
         try:
             example = dataset.example(row)
+            if not isinstance(example, Chat) or len(example.messages) < 2:
+                continue
+            *prompt, answer = example.messages
+            if answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
+                continue
+            tools = list(example.tools) if example.tools else None
+            text = template.text(template.prepare(prompt), tools, prompt=True, **dict(example.template_kwargs or {}))
         except RowError:
             continue
-        if not isinstance(example, Chat) or len(example.messages) < 2:
-            continue
-        *prompt, answer = example.messages
-        if answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
-            continue
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) <= LONGEST_PROMPT:
             found.append((ids, str(prompt[-1].get("content")), answer["content"]))

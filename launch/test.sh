@@ -7,8 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/venv.sh
 pip=(.venv/bin/python -m pip install --quiet)
-# torch first and by itself, from its CPU builds where they can be reached: the default build for Linux brings CUDA along
-"${pip[@]}" --timeout 10 --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.*'
 "${pip[@]}" --editable '.[test]'
 
 .venv/bin/ruff check .

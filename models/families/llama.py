@@ -2,7 +2,7 @@
 positions.
 """
 
-from models.decoder import DecoderConfig
+from models.decoder import ACTIVATIONS, DecoderConfig
 from models.families import Fields
 from models.rope import rope_config
 
@@ -40,6 +40,8 @@ def config(fields: Fields) -> DecoderConfig:
     fields.expect("attention_dropout", 0.0)
     fields.expect("rope_interleaved", False)
     bias = fields.get("attention_bias", False)
+    activation = fields.get("hidden_act", "silu")
+    fields.expect("hidden_act", *ACTIVATIONS)
     return DecoderConfig(
         vocabulary=fields["vocab_size"],
         width=width,
@@ -48,7 +50,7 @@ def config(fields: Fields) -> DecoderConfig:
         kv_heads=fields.get("num_key_value_heads", heads),
         head_width=head_width,
         mlp_width=fields["intermediate_size"],
-        activation=fields.get("hidden_act", "silu"),
+        activation=activation,
         norm_eps=fields["rms_norm_eps"],
         rope=rope_config(fields, head_width=head_width),
         qkv_bias=bias,
