@@ -34,14 +34,10 @@ class Model(NamedTuple):
 
 
 def prepare_devices(config: ConfigDict) -> Mesh:
-    """The mesh of this run; also turns on the cache of compiled programs and, on CPU, keeps freed memory for the next
-    step.
-    """
+    """The mesh of this run; also turns on the cache of compiled programs."""
     if cache := config.training.compile_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if jax.default_backend() == "cpu":
-        _keep_freed_memory()
     return make_mesh(derived.mesh_axes(config, hosts=jax.process_count()))
 
 
@@ -125,16 +121,3 @@ def _dtype(asked: str, hf_config: dict[str, Any], folder: Path, *, read: bool) -
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees: mapping it afresh costs a page fault every 4 KB, seconds in
-    a large step.
-    """
-    import ctypes
-
-    trim_threshold, mmap_max = -1, -4  # mallopt's numbers for M_TRIM_THRESHOLD and M_MMAP_MAX
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)

@@ -24,4 +24,5 @@ esac
 
 bash launch/venv.sh
 .venv/bin/python -m pip install --quiet --editable ".[${extras}]"
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # launch/cli.py says why
 exec .venv/bin/python -m launch.quickstart "$@"

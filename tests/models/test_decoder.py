@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from models.decoder import Compute, cached_hidden_states, empty_cache, head_kernel, hidden_states
 from models.families import decoder_config
@@ -236,5 +236,7 @@ def test_a_configuration_that_would_compute_something_else_is_refused(change, me
 def test_the_real_smollm2_has_transformers_logits(length, smollm2_folder):
     params, config = ours(smollm2_folder)
     reference = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
-    tokens = some_tokens(1, length, config.vocabulary)
+    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text()
+    tokens = np.array([AutoTokenizer.from_pretrained(smollm2_folder)(text)["input_ids"][:length]], np.int32)
+    assert tokens.shape == (1, length)
     np.testing.assert_allclose(logits(params, config, tokens), reference_logits(reference, tokens), atol=2e-4, rtol=0)

@@ -1,6 +1,5 @@
 """Checkpoints: bit-exact there and back, whole or refused, whatever is done to the process or to the files."""
 
-import json
 import logging
 import os
 import random
@@ -15,78 +14,23 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.trainers.small_state import (
+    abstract,
+    assert_same_bits,
+    make_state,
+    mesh_of,
+    names,
+    save_steps,
+    shardings,
+)
 from trainers.checkpoint import Checkpoints, fingerprint, read_meta, restore_folder
-from trainers.manifest import find_damage, write_manifest
-
-
-class Moments(NamedTuple):
-    count: jax.Array
-    mu: dict
-
-
-def mesh_of(devices: int, *, tensor: int = 1) -> jax.sharding.Mesh:
-    axes = (AxisType.Auto, AxisType.Auto)
-    shape = (devices // tensor, tensor)
-    return jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=axes, devices=jax.devices()[:devices])
-
-
-def shardings(mesh: jax.sharding.Mesh, state: dict) -> dict:
-    """Matrices are split over both axes, all else is on every device."""
-    both, nowhere = PartitionSpec("fsdp", "tensor"), PartitionSpec()
-    return jax.tree.map(lambda x: NamedSharding(mesh, both if x.ndim == 2 else nowhere), state)
-
-
-def make_state(mesh: jax.sharding.Mesh, *, seed: int = 0) -> dict:
-    """A train state in small: nested dicts and a NamedTuple; float32, bfloat16, int32 and a typed PRNG key."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    state = {
-        "params": {
-            "embed": {"embedding": jax.random.normal(keys[0], (16, 8))},
-            "norm": {"scale": jax.random.normal(keys[1], (8,)).astype(jnp.bfloat16)},
-        },
-        "opt_state": (Moments(jnp.int32(seed), {"embed": jax.random.normal(keys[2], (16, 8))}), ()),
-        "step": jnp.int32(seed + 7),
-        "rng": jax.random.key(seed + 1),
-    }
-    return jax.tree.map(jax.device_put, state, shardings(mesh, state))
-
-
-def abstract(mesh: jax.sharding.Mesh, state: dict) -> dict:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(mesh, state)
-    )
-
-
-def assert_same_bits(actual: dict, expected: dict) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def save_steps(folder: Path, *steps: int, keep: int | None = None) -> dict[int, dict]:
-    states = {step: make_state(mesh_of(4, tensor=2), seed=step) for step in steps}
-    with Checkpoints(folder, keep=keep) as checkpoints:
-        checkpoints.restore(max(checkpoints.steps()), states[steps[0]]) if checkpoints.steps() else None
-        for step, state in states.items():
-            checkpoints.save(step, state, data_state={"next_index": step}, meta={"tokens_seen": 100 * step})
-    return states
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):
@@ -191,131 +135,6 @@ def test_a_leaf_that_is_no_jax_array_or_has_no_place_is_refused_by_name(tmp_path
         checkpoints.save(1, {"step": jnp.int32(1)}, data_state=None, meta={})
         with pytest.raises(ValueError, match="step: the abstract leaf has no sharding"):
             checkpoints.restore(1, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
-
-
-def flip(path: Path, dice: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-    path.write_bytes(bytes(data))
-
-
-def truncate(path: Path, dice: random.Random) -> None:
-    os.truncate(path, dice.randrange(path.stat().st_size))
-
-
-def append(path: Path, dice: random.Random) -> None:
-    path.write_bytes(path.read_bytes() + dice.randbytes(dice.randint(1, 9)))
-
-
-def remove(path: Path, dice: random.Random) -> None:
-    path.unlink()
-
-
-@pytest.fixture(scope="module")
-def two_checkpoints(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    save_steps(folder, 20, 30)
-    return folder
-
-
-FAULTS = [flip, truncate, append, remove]
-EXPECTED_REASON = {flip: "content differs", truncate: "bytes, expected", append: "bytes, expected", remove: "missing"}
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_any_fault_in_any_file_of_the_newest_checkpoint_is_told_and_the_one_before_is_used(
-    two_checkpoints, tmp_path, fault, caplog
-):
-    dice = random.Random(17)
-    mesh = mesh_of(2)
-    state = make_state(mesh, seed=20)
-    listed = sorted(json.loads((two_checkpoints / "checkpoint-30/manifest.json").read_text())["files"])
-    assert len(listed) > 8
-    for n, name in enumerate([*listed, "manifest.json"]):
-        folder = tmp_path / str(n)
-        shutil.copytree(two_checkpoints, folder)
-        fault(folder / "checkpoint-30" / name, dice)
-        caplog.clear()
-        with Checkpoints(folder) as checkpoints:
-            assert checkpoints.latest() == 20
-            restored = checkpoints.restore(20, abstract(mesh, state)) if n in (0, len(listed) - 1) else None
-        if restored is not None:
-            assert_same_bits(restored.state, state)
-        assert names(folder) == ["checkpoint-20", "checkpoint-30.corrupt"]
-        message = caplog.messages[0]
-        assert message.startswith(f"checkpoint-30 is damaged ({name}: ")
-        assert message.endswith("now checkpoint-30.corrupt; going back to checkpoint-20")
-        if name != "manifest.json":
-            assert EXPECTED_REASON[fault] in message
-
-
-def test_two_hundred_random_faults_are_all_found(two_checkpoints, tmp_path):
-    dice = random.Random(5)
-    folder = tmp_path / "checkpoint-30"
-    shutil.copytree(two_checkpoints / "checkpoint-30", folder)
-    files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
-    found = 0
-    for _ in range(200):
-        path = folder / dice.choice(files)
-        before = path.read_bytes()
-        dice.choice(FAULTS)(path, dice)
-        found += find_damage(folder) is not None
-        path.write_bytes(before)
-    assert found == 200
-    assert find_damage(folder) is None
-
-
-@settings(max_examples=30, deadline=None)
-@given(content=st.binary(min_size=1, max_size=200), data=st.data())
-def test_the_manifest_finds_every_single_flipped_bit(tmp_path_factory, content, data):
-    folder = tmp_path_factory.mktemp("manifest")
-    (folder / "a").write_bytes(content)
-    write_manifest(folder)
-    assert find_damage(folder) is None
-    bit = data.draw(st.integers(0, 8 * len(content) - 1))
-    (folder / "a").write_bytes((int.from_bytes(content) ^ 1 << bit).to_bytes(len(content)))
-    assert find_damage(folder) == "a: content differs from what was saved"
-
-
-def test_what_orbax_adds_after_the_manifest_is_not_needed(two_checkpoints, tmp_path):
-    shutil.copytree(two_checkpoints, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoint-30"
-    (folder / "_CHECKPOINT_METADATA").write_text("no JSON")
-    (folder / "commit_success.txt").unlink()
-    state = make_state(mesh_of(1), seed=30)
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest() == 30
-        assert_same_bits(checkpoints.restore(30, state).state, state)
-
-
-def test_when_all_checkpoints_are_damaged_nothing_starts_afresh_by_itself(two_checkpoints, tmp_path):
-    shutil.copytree(two_checkpoints, tmp_path / "run")
-    for step in (20, 30):
-        (tmp_path / "run" / f"checkpoint-{step}" / "meta.json").unlink()
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        with pytest.raises(
-            ValueError, match=r"every checkpoint in .* is damaged: checkpoint-30 .*; checkpoint-20 .*meta.json: missing"
-        ):
-            checkpoints.latest()
-        assert checkpoints.steps() == [20, 30]
-
-
-def test_a_damaged_or_missing_checkpoint_asked_for_by_name_is_an_error(two_checkpoints, tmp_path):
-    shutil.copytree(two_checkpoints, tmp_path / "run")
-    damaged = tmp_path / "run" / "checkpoint-30"
-    os.truncate(damaged / "meta.json", 10)
-    state = make_state(mesh_of(1))
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        with pytest.raises(
-            ValueError,
-            match=r"checkpoint-30 is damaged \(meta.json: 10 bytes, expected .*\); beside it there is checkpoint-20",
-        ):
-            checkpoints.restore(damaged, state)
-        with pytest.raises(
-            ValueError, match=r"no checkpoint at .*checkpoint-25; there is checkpoint-20, checkpoint-30"
-        ):
-            checkpoints.restore(25, state)
-    assert damaged.is_dir()
 
 
 def test_an_empty_folder_has_no_latest_checkpoint(tmp_path):
