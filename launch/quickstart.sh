@@ -4,7 +4,8 @@
 #
 #   bash launch/quickstart.sh [cpu|cuda|tpu] [--key value …]      default: cpu; further arguments go to `einkorn train`
 #
-# Needs Python 3.11 or newer (or one named by PYTHON) and no accelerator; about EIGHT minutes on two CPU cores.
+# Needs Python 3.11 or newer (or one named by PYTHON) and no accelerator. What it takes and what to expect stands in
+# configs/quickstart/sft.yaml.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
