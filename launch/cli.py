@@ -133,6 +133,8 @@ def main() -> None:
     """The console script: errors that a user can mend are lines, not tracebacks."""
     _own_packages()
     _ask_for_huge_pages()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     try:
         app()
     except (ValueError, NotImplementedError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -160,7 +162,6 @@ def _start_logging(level: str, others: str) -> None:
     logging.basicConfig(level=others.upper(), format="%(message)s", stream=sys.stderr, force=True)
     for name in ("einkorn", "configs", "input_pipeline", "models", "trainers", "launch"):
         logging.getLogger(name).setLevel(level.upper())
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _fail(error: BaseException, code: int) -> None:
