@@ -37,7 +37,7 @@ def run(loaded: Loaded) -> None:
         ).batches.close()
     plan = schedule_of(config, feed)
     learning_rate = learning_rate_of(config, plan.steps)
-    counts = feed.counts
+    counts, needed = feed.counts, memory(config, mesh, model, feed, learning_rate)
     total, _ = assemble.parameter_count(model)
     found = [
         ("model", f"{model.folder}, {total:,} parameters in {model.dtype.name}"),
@@ -51,12 +51,12 @@ def run(loaded: Loaded) -> None:
             "learning rate",
             f"{float(learning_rate(0)):.3g} at first, {float(learning_rate(plan.steps - 1)):.3g} at last",
         ),
-        *((name, f"{size / GIB:.2f} GiB a device") for name, size in memory(config, mesh, model, feed, learning_rate)),
+        *((name, f"{size / GIB:.2f} GiB a device") for name, size in needed),
     ]
     feed.batches.close()
     for name, text in found:
         console.print(f"{name:>26}  {text}", highlight=False, markup=False, soft_wrap=True)
-    console.print(_verdict(memory(config, mesh, model, feed, learning_rate)[-1][1], mesh))
+    console.print(_verdict(needed[-1][1], mesh))
 
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:

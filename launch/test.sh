@@ -6,8 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/venv.sh
-pip=(.venv/bin/python -m pip install --quiet)
-"${pip[@]}" --editable '.[test]'
+.venv/bin/python -m pip install --quiet --editable '.[test]'
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
