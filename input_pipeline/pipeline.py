@@ -25,6 +25,7 @@ class Feed:
     steps_per_epoch: int
     counts: Counts
     longest: int  # the largest L that a batch has
+    longest_document: int  # the most tokens that see one another in a row
     useful: float  # share of the first epoch's places that hold a token, the rest is padding
     notices: tuple[str, ...] = ()  # remarks for the log
 
@@ -169,6 +170,7 @@ def _feed(
         steps_per_epoch=len(steps_of_epoch),
         counts=data.counts,
         longest=longest,
+        longest_document=int(lengths.max()),
         useful=useful,
         notices=data.notices,
     )

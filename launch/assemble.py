@@ -74,13 +74,14 @@ def load_weights(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Pa
     return draw(jax.random.key(seed))
 
 
-def compute_of(config: ConfigDict, model: Model) -> Compute:
-    """How to compute: dtype, attention, what is recomputed, layers in one scan step."""
+def compute_of(config: ConfigDict, model: Model, *, longest_document: int | None) -> Compute:
+    """How to compute: dtype, attention, what is recomputed, layers in one scan step, how far back attention reaches."""
     return Compute(
         dtype=jnp.dtype(derived.compute_dtype(config) or model.dtype),
         attention=derived.attention(config),
         remat=derived.remat_policy(config),
         scan_unroll=min(config.training.scan_unroll, model.config.layers),
+        longest_document=longest_document,
     )
 
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.load import Loaded, explain
-from input_pipeline.pipeline import Feed, eval_feed
+from input_pipeline.pipeline import Feed
 from launch import assemble
 from launch.assemble import Model
-from launch.train import learning_rate_of, masking, rows_per_step, schedule_of, step_of, train_data
+from launch.train import learning_rate_of, rows_per_step, schedule_of, step_of, train_data, validation_data
 from models.decoder import abstract_params
 from models.sharding import parameter_shardings
 from models.weights import check_weights
@@ -31,10 +31,8 @@ def run(loaded: Loaded) -> None:
     if config.model.load_pretrained_weights:
         check_weights(model.folder, model.config)
     feed = train_data(config, model, mesh)
-    if config.data.validation.datasets:
-        eval_feed(
-            config.data, model.tokenizer, rows_per_step=rows_per_step(config, mesh), seed=0, **masking(config)
-        ).batches.close()
+    if validation := validation_data(config, model, mesh):
+        validation.batches.close()
     plan = schedule_of(config, feed)
     learning_rate = learning_rate_of(config, plan.steps)
     counts, needed = feed.counts, memory(config, mesh, model, feed, learning_rate)
@@ -61,18 +59,17 @@ def run(loaded: Loaded) -> None:
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
     """Bytes a device, by kind. Exact for what lies there between steps; activations by a formula, good to some 30 %."""
-    step = step_of(config, model, mesh, learning_rate)
+    step = step_of(config, model, mesh, learning_rate, longest_document=feed.longest_document)
     abstract = abstract_params(model.config, dtype=model.dtype)
     params = _bytes(abstract, parameter_shardings(abstract, mesh))
     state = jax.eval_shape(step.init.jitted, abstract)  # type: ignore[attr-defined]
     moments = _bytes(state.opt_state, step.shardings.opt_state)
-    compute = assemble.compute_of(config, model)
+    compute = assemble.compute_of(config, model, longest_document=feed.longest_document)
     accumulating = config.training.gradient_accumulation_steps > 1
     gradients = params * (2 if accumulating and model.dtype.itemsize == 2 else 1) * (2 if accumulating else 1)
     c, width = model.config, compute.dtype.itemsize
     tokens = config.training.per_device_train_batch_size * feed.longest / (mesh.shape["context"] * mesh.shape["tensor"])
-    scores = c.heads * feed.longest * 4  # float32, for each token of each layer
-    whole = width * (8 * c.width + 3 * c.heads * c.head_width + 4 * c.mlp_width) + scores * 2
+    whole = width * (8 * c.width + 3 * c.heads * c.head_width + 4 * c.mlp_width)
     kept = {"none": whole, "dots": whole / 2, "full": width * c.width}[compute.remat]
     activations = tokens * (c.layers * kept + (whole if compute.remat != "none" else 0)) + 1024 * c.vocabulary * 12
     parts = [

@@ -1,6 +1,6 @@
-"""Sample answers: the same few prompts, answered before and after training, for the report."""
+"""Sample answers: the same few prompts, answered by the model before and after training, for the report."""
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,64 +10,43 @@ from input_pipeline.catalog import Entry, open_dataset
 from input_pipeline.examples import Chat, RowError
 from input_pipeline.template import Template
 from launch.assemble import Model
+from models.decoder import Params
 from models.generate import generate, stop_ids_of
 from trainers.report import Sample
 
-log = logging.getLogger("einkorn")
-
 HOW_MANY = 3
 LONGEST_PROMPT = 512  # tokens
-LONGEST_ANSWER = 96  # tokens
+LONGEST_ANSWER = 64  # tokens
 
 
-class Samples:
-    """The prompts of a run: from the validation split, or from the training data where there is none."""
+def sample_answers(config: ConfigDict, model: Model, *, after: Params, before: Callable[[], Params]) -> list[Sample]:
+    """The first chats of the validation split (of the training data where there is none) that end with an answer, each
+    answered by both models. None with several processes, or where rows are no chats.
 
-    def __init__(self, model: Model, chats: list[tuple[list[int], str, str]]):
-        self._model = model
-        self._chats = chats
-        self._answers: dict[str, list[str]] = {}
+    `before` gives the parameters that training started from; it is called at the end, so that no run waits for its
+    first step, and a resumed one has them too.
+    """
+    split = config.data.validation if config.data.validation.datasets else config.data.train
+    if jax.process_count() > 1 or not model.tokenizer.chat_template:
+        return []
+    chats = _first_chats(
+        split.datasets[0], model.tokenizer, text_field=config.training.trainer_kwargs.dataset_text_field
+    )
+    if not chats:
+        return []
+    prompts = [prompt for prompt, _, _ in chats]
+    new = _answers(model, after, prompts)
+    old = _answers(model, before(), prompts)
+    return [
+        Sample(asked, answer_before, answer_after, expected)
+        for (_, asked, expected), answer_before, answer_after in zip(chats, old, new, strict=True)
+    ]
 
-    @classmethod
-    def of(cls, config: ConfigDict, model: Model) -> "Samples":
-        """The first chats of a split that end with an answer; none with several processes, or where rows are no
-        chats.
-        """
-        split = config.data.validation if config.data.validation.datasets else config.data.train
-        if jax.process_count() > 1 or not model.tokenizer.chat_template:
-            return cls(model, [])
-        field = config.training.trainer_kwargs.dataset_text_field
-        return cls(model, _first_chats(split.datasets[0], model.tokenizer, text_field=field))
 
-    def before(self, params: Any) -> None:
-        """Answer with the parameters that training starts from."""
-        self._answer("before", params)
-
-    def after(self, params: Any) -> None:
-        """Answer with the trained parameters."""
-        self._answer("after", params)
-
-    def all(self) -> list[Sample]:
-        """The prompts with all that was answered."""
-        unasked = ["(a resumed run)"] * len(self._chats)
-        answers = zip(self._answers.get("before", unasked), self._answers.get("after", unasked), strict=True)
-        return [
-            Sample(prompt, before, after, expected)
-            for (_, prompt, expected), (before, after) in zip(self._chats, answers, strict=True)
-        ]
-
-    def _answer(self, when: str, params: Any) -> None:
-        if not self._chats:
-            return
-        tokenizer = self._model.tokenizer
-        ids = generate(
-            params,
-            self._model.config,
-            [prompt for prompt, _, _ in self._chats],
-            max_new_tokens=LONGEST_ANSWER,
-            stop_ids=stop_ids_of(self._model.generation_config or {}, tokenizer),
-        )
-        self._answers[when] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+def _answers(model: Model, params: Params, prompts: list[list[int]]) -> list[str]:
+    stop_ids = stop_ids_of(model.generation_config or {}, model.tokenizer)
+    ids = generate(params, model.config, prompts, max_new_tokens=LONGEST_ANSWER, stop_ids=stop_ids)
+    return [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
 
 def _first_chats(entry: Any, tokenizer: Any, *, text_field: str) -> list[tuple[list[int], str, str]]:

@@ -19,7 +19,7 @@ from input_pipeline.pipeline import Feed, eval_feed, train_feed
 from input_pipeline.reading import read_data
 from launch import assemble, distributed
 from launch.assemble import Model
-from launch.samples import Samples
+from launch.samples import sample_answers
 from models import weights
 from models.decoder import abstract_params
 from trainers import optim, schedules
@@ -29,7 +29,7 @@ from trainers.loop import Every, Run, Schedule
 from trainers.loop import train as run_loop
 from trainers.metrics import Metrics
 from trainers.progress import Progress, final_block, start_block
-from trainers.report import write_report
+from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
 from trainers.sft import sft_loss
 from trainers.step import Step, TrainState, build_step
@@ -57,14 +57,12 @@ def _train(
 ) -> None:
     training, folder = config.training, checkpoints.folder
     plan = schedule_of(config, feed)
+    validation = validation_data(config, model, mesh) if training.eval_strategy != "no" else None
     learning_rate = learning_rate_of(config, plan.steps)
-    step = step_of(config, model, mesh, learning_rate)
+    step = step_of(config, model, mesh, learning_rate, longest_document=longest_document(feed, validation))
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
-    samples = Samples.of(config, model)
     if resumed is None:
-        params = assemble.load_weights(model, mesh, pretrained=config.model.load_pretrained_weights, seed=training.seed)
-        samples.before(params)
-        state, meta = step.init(params), dict[str, Any]()
+        state, meta = step.init(first_weights(config, model, mesh)), dict[str, Any]()
     else:
         state, meta = resumed
     start = int(state.step)
@@ -94,7 +92,7 @@ def _train(
             meter=_meter(model, mesh, plan, start, feed),
             progress=progress,
             checkpoints=checkpoints,
-            evaluation=_evaluation(config, model, mesh, feed),
+            evaluation=_evaluation(validation),
             meta={
                 "config": plain(config),
                 "config_text": dump(config),
@@ -110,23 +108,26 @@ def _train(
         )
         began = time.monotonic()
         state = run_loop(parts, state)
+        done = int(state.step)
         metrics.write_trainer_state(
             metrics.trainer_state(
-                int(state.step),
+                done,
                 max_steps=plan.steps,
-                epoch=int(state.step) / plan.steps_per_epoch if plan.steps_per_epoch else 0.0,
+                epoch=done / plan.steps_per_epoch if plan.steps_per_epoch else 0.0,
                 num_train_epochs=int(training.num_train_epochs),
                 saved_steps=checkpoints.steps(),
             )
         )
         if training.save_final_model:
             export(folder, state.params, model)
-        samples.after(state.params)
+        params = state.params
+        del state
+        samples = sample_answers(config, model, after=params, before=lambda: first_weights(config, model, mesh))
         report = _report(config, model, feed, samples, folder) if jax.process_index() == 0 else None
         progress.note(
             final_block(
                 output_dir=training.output_dir,
-                steps=int(state.step) - start,
+                steps=done - start,
                 seconds=time.monotonic() - began,
                 values={},
                 report=report,
@@ -194,7 +195,21 @@ def learning_rate_of(config: ConfigDict, steps: int) -> Callable[[Any], Any]:
     )
 
 
-def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any]) -> Step:
+def first_weights(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
+    """The parameters that training starts from."""
+    return assemble.load_weights(
+        model, mesh, pretrained=config.model.load_pretrained_weights, seed=config.training.seed
+    )
+
+
+def longest_document(feed: Feed, validation: Feed | None) -> int:
+    """The most tokens that see one another in a row of either: attention need not reach further back."""
+    return max(feed.longest_document, validation.longest_document if validation else 0)
+
+
+def step_of(
+    config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], *, longest_document: int
+) -> Step:
     """The compile-ready step of the method that the configuration names."""
     training = config.training
     optimizer = optim.build(
@@ -207,7 +222,7 @@ def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callabl
     )
     loss = sft_loss(
         model.config,
-        compute=assemble.compute_of(config, model),
+        compute=assemble.compute_of(config, model, longest_document=longest_document),
         kind=training.trainer_kwargs.loss_type,
         label_smoothing=training.trainer_kwargs.label_smoothing_factor,
     )
@@ -263,21 +278,26 @@ def _resume(
     return _Resumed(restored.state, restored.meta)
 
 
-def _evaluation(config: ConfigDict, model: Model, mesh: Mesh, feed: Feed) -> Callable[[], Iterator[Any]] | None:
-    """A function that begins a pass over the validation split, or None where nothing is evaluated."""
-    training = config.training
-    if training.eval_strategy == "no" or not config.data.validation.datasets:
+def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None:
+    """The batches of the validation split, if there is one; logs what became of its rows."""
+    if not config.data.validation.datasets:
         return None
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     validation = eval_feed(
         config.data,
         model.tokenizer,
-        rows_per_step=training.per_device_eval_batch_size * replicas,
-        seed=training.data_seed,
+        rows_per_step=config.training.per_device_eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
+        seed=config.training.data_seed,
         **masking(config),
     )
     for notice in validation.notices:
         log.info(notice)
+    return validation
+
+
+def _evaluation(validation: Feed | None) -> Callable[[], Iterator[Any]] | None:
+    """A function that begins a pass over the validation split, or None where nothing is evaluated."""
+    if validation is None:
+        return None
     beginning = validation.batches.get_state()
 
     def again() -> Iterator[Any]:
@@ -354,7 +374,7 @@ def _examples(config: ConfigDict, model: Model) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def _report(config: ConfigDict, model: Model, feed: Feed, samples: Samples, folder: Path) -> Path:
+def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample], folder: Path) -> Path:
     """The page that shows what the run did; reported beside the model."""
     total, _ = assemble.parameter_count(model)
     return write_report(
@@ -363,7 +383,7 @@ def _report(config: ConfigDict, model: Model, feed: Feed, samples: Samples, fold
         subtitle=f"{total:,} parameters, {feed.counts.used:,} rows, {feed.counts.tokens:,} tokens in an epoch",
         config_text=dump(config),
         environment=describe_environment(),
-        samples=samples.all(),
+        samples=samples,
         counts={"train": feed.counts._asdict()},
         commands=(f"vllm serve {folder}", f"einkorn chat -m {folder}"),
     )

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 log = logging.getLogger(__name__)
 
+BLOCK = 128  # queries that are computed together, at least
+MOST_BLOCKS = 32  # of a row: each is compiled by itself
 MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numbers and not NaN
 
 
@@ -40,15 +42,24 @@ class Backend(NamedTuple):
 
 
 def attend(
-    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float, backend: str = "auto"
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    where: Where,
+    scale: float,
+    reach: int | None = None,
+    backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention [B, L, N, H] of each query over the keys that `where` lets it see; scores and softmax in
     float32.
 
-    `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run
-    is a ValueError.
+    `reach` promises that S = L, that query i sees no key after i, and none before i - reach + 1: products with keys out
+    of reach are then left out. `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A
+    named backend that cannot run is a ValueError.
     """
-    return BACKENDS[pick(backend, jax.default_backend())].attend(q_BLNH, k_BSKH, v_BSKH, where=where, scale=scale)
+    run = BACKENDS[pick(backend, jax.default_backend())].attend
+    return run(q_BLNH, k_BSKH, v_BSKH, where=where, scale=scale, reach=reach)
 
 
 @functools.cache
@@ -73,9 +84,32 @@ def pick(name: str, platform: str) -> str:
     raise ValueError(f"no attention backend runs on {platform}: {refused}")
 
 
-def _xla(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float) -> jax.Array:
-    """Plain XLA. The G query heads of a key head are folded into its queries (Q = G L): few large products instead of
-    many small ones.
+def _xla(
+    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float, reach: int | None
+) -> jax.Array:
+    """Plain XLA, a block of queries at a time with the keys in its reach: memory grows with L, not with its square."""
+    L = q_BLNH.shape[1]
+    block = max(BLOCK, -(-L // MOST_BLOCKS))
+    mesh = jax.sharding.get_abstract_mesh()
+    if reach is None or 2 * block >= L or (not mesh.empty and mesh.shape["context"] > 1):
+        return _products(q_BLNH, k_BSKH, v_BSKH, where, scale)
+    products = jax.checkpoint(_products, static_argnums=4)
+    out = []
+    for start in range(0, L, block):
+        queries, keys = slice(start, start + block), slice(max(0, start - reach + 1), start + block)
+        near = Where(
+            where.q_positions_BL[:, queries],
+            where.k_positions_BS[:, keys],
+            where.q_segments_BL[:, queries],
+            where.k_segments_BS[:, keys],
+        )
+        out.append(products(q_BLNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], near, scale))
+    return jnp.concatenate(out, axis=1)
+
+
+def _products(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, where: Where, scale: float) -> jax.Array:
+    """All queries by all keys. The G query heads of a key head are folded into its queries (Q = G L): few large
+    products instead of many small ones.
     """
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]

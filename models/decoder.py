@@ -50,13 +50,14 @@ class DecoderConfig:
 @dataclass(frozen=True)
 class Compute:
     """How to compute, which no checkpoint decides: dtype of activations, attention backend, what to recompute, layers
-    in one scan step.
+    in one scan step, and the longest document of a row (None: the row may be one), beyond which nobody looks back.
     """
 
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     scan_unroll: int = 1
+    longest_document: int | None = None
 
 
 class Cache(NamedTuple):
@@ -142,7 +143,9 @@ class Attention(nnx.Module):
         q_BLNH = constrain(q_BLNH, ROWS, "context", "tensor", None)
         if cache is not None:
             k_BLKH, v_BLKH, cache = cache.write(k_BLKH, v_BLKH, road.where.q_positions_BL)
-        out_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, where=road.where, scale=H**-0.5, backend=road.attention)
+        out_BLNH = attend(
+            q_BLNH, k_BLKH, v_BLKH, where=road.where, scale=H**-0.5, reach=road.reach, backend=road.attention
+        )
         return self.o(out_BLNH.reshape(B, L, self.config.heads * H)), cache
 
 
@@ -180,10 +183,13 @@ class Block(nnx.Module):
 
 
 class Road(NamedTuple):
-    """What all layers share in one forward pass: rotary tables, who sees whom, and the attention backend."""
+    """What all layers share in one forward pass: rotary tables, who sees whom, how far back, and the attention
+    backend.
+    """
 
     rope: tuple[jax.Array, jax.Array]
     where: Where
+    reach: int | None
     attention: str
 
 
@@ -299,7 +305,8 @@ def _run(
     params: Params, config: DecoderConfig, tokens_BL: jax.Array, where: Where, compute: Compute, *, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
     graph, _ = _block(config)
-    road = Road(config.rope.tables(where.q_positions_BL), where, compute.attention)
+    reach = None if cache is not None else compute.longest_document or tokens_BL.shape[1]
+    road = Road(config.rope.tables(where.q_positions_BL), where, reach, compute.attention)
     x_BLD = params["embed"]["embedding"][tokens_BL].astype(compute.dtype)
     x_BLD = constrain(x_BLD, ROWS, "context", None)
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
