@@ -1,7 +1,8 @@
 """Pieces of one parameter between the files and the devices: the part of `models/weights.py` that moves numbers.
 
-Our leaf stacks the layers on a leading axis and keeps kernels as [in, out]; the files hold one tensor a layer, with
-kernels as [out, in]. A `Place` says which tensors a leaf is and how they are turned.
+Our leaf stacks the layers on a leading axis, the experts of a layer on a second one, and keeps kernels as [in, out];
+the files hold one tensor a layer, or one for every expert of every layer, with kernels as [out, in]. A `Place` says
+which tensors a leaf is and how they are turned.
 """
 
 import functools
@@ -10,21 +11,37 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models.families import AsStored
 from models.safetensors_file import Stored, copy_rows
 
 Ranges = Sequence[tuple[int, int]]  # start and stop along each axis
+SPREAD = ("{i}", "{e}")  # in a tensor's name: the layer, and the expert or head; as axes they lead, in this order
 
 
 class Place(NamedTuple):
-    """Where one leaf lies in the files: its tensors (one a layer if stacked), their shape, and whether they turn."""
+    """Where one leaf lies in the files: the lengths of the leading axes that are spread over tensors, their names in
+    the order of these axes, the shape of each, and whether its last two dimensions are the other way round.
+    """
 
+    spread: tuple[int, ...]
     names: tuple[str, ...]
-    stacked: bool
-    transposed: bool
     hf_shape: tuple[int, ...]
+    transposed: bool
+
+
+def find_place(path: str, shape: tuple[int, ...], name: str) -> Place:
+    """The place of the leaf `path` of this shape, whose tensors are called `name`, with `{i}` and `{e}` where numbers
+    stand. Kernels are transposed, unless their name is `AsStored`.
+    """
+    axes = [axis for axis in SPREAD if axis in name]
+    spread, one = shape[: len(axes)], shape[len(axes) :]
+    transposed = path.endswith("/kernel") and not isinstance(name, AsStored)
+    names = tuple(_numbered(name, axes, numbers) for numbers in np.ndindex(spread))
+    return Place(spread, names, (*one[:-2], one[-1], one[-2]) if transposed else one, transposed)
 
 
 def read_leaf(
@@ -47,23 +64,29 @@ def read_leaf(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def fetch_tensor(leaf: jax.Array, layer: int, place: Place, *, dtype: np.dtype[Any]) -> np.ndarray:
-    """One tensor as the files have it, cut out, turned and cast on the devices; collective if it spans processes."""
+def fetch_tensor(leaf: jax.Array, number: int, place: Place, *, dtype: np.dtype[Any]) -> np.ndarray:
+    """The tensor `place.names[number]` as the files have it, cut out, turned and cast on the devices; collective if
+    it spans processes.
+    """
     everywhere = None
     if not leaf.is_fully_addressable:
         assert isinstance(leaf.sharding, NamedSharding), f"{leaf.sharding} spans processes without a mesh"
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    tensor = _take(everywhere, place.stacked, place.transposed, dtype)(leaf, layer)
+    at = np.array(np.unravel_index(number, place.spread), np.int32)
+    tensor = _take(everywhere, len(place.spread), place.transposed, dtype)(leaf, at)
     return np.asarray(tensor if everywhere is None else tensor.addressable_data(0))
 
 
 @functools.cache
-def _take(out: NamedSharding | None, stacked: bool, transposed: bool, dtype: np.dtype[Any]) -> Any:
-    """Jitted `(leaf, layer) → tensor`; the layer is an argument, so that all layers of a leaf share one compilation."""
+def _take(out: NamedSharding | None, spread: int, transposed: bool, dtype: np.dtype[Any]) -> Any:
+    """Jitted `(leaf, numbers) → tensor`; the numbers are arguments, so that all tensors of a leaf share one
+    compilation.
+    """
 
-    def take(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-        one = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-        return (one.T if transposed else one).astype(dtype)
+    def take(leaf: jax.Array, at: jax.Array) -> jax.Array:
+        for axis in range(spread):  # the layer first: where experts are on several devices, only its own are gathered
+            leaf = jax.lax.dynamic_index_in_dim(leaf, at[axis], keepdims=False)
+        return (jnp.swapaxes(leaf, -1, -2) if transposed else leaf).astype(dtype)
 
     return jax.jit(take, out_shardings=out)
 
@@ -72,16 +95,22 @@ def _read_shard(
     ranges: Ranges, dtype: Any, tensors: Sequence[Stored], place: Place, pool: ThreadPoolExecutor
 ) -> np.ndarray:
     host = np.empty([stop - start for start, stop in ranges], dtype)
-    if place.stacked:
-        (first, last), *ranges = ranges
-        tensors, layers = tensors[first:last], list(host)
-    else:
-        layers = [host]
-    index = tuple(slice(*one) for one in (ranges[::-1] if place.transposed else ranges))
-    targets = [layer.T if place.transposed else layer for layer in layers]
-    for _ in pool.map(lambda tensor, target: copy_rows(tensor, index, target), tensors, targets):
+    across, within = ranges[: len(place.spread)], ranges[len(place.spread) :]
+    chosen = np.arange(len(tensors)).reshape(place.spread)[tuple(slice(*one) for one in across)].ravel()
+    targets = host.reshape(chosen.size, *host.shape[len(place.spread) :])
+    index = [slice(*one) for one in within]
+    if place.transposed:
+        targets = np.swapaxes(targets, -1, -2)
+        index[-2:] = index[:-3:-1]
+    for _ in pool.map(lambda number, target: copy_rows(tensors[number], tuple(index), target), chosen, targets):
         pass  # taking the results raises what a reader raised
     return host
+
+
+def _numbered(name: str, axes: Sequence[str], numbers: Sequence[int]) -> str:
+    for axis, number in zip(axes, numbers, strict=True):
+        name = name.replace(axis, str(number))
+    return name
 
 
 def _ranges(index: Any, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

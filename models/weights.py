@@ -1,9 +1,9 @@
 """Parameters in and out of Hugging Face folders, piece by piece.
 
 A family's table says where each leaf of our tree lies, say `layers/mlp/up/kernel` in the tensors
-`model.layers.{i}.mlp.up_proj.weight` of all layers i. Reading takes from the files only the bytes of this process's
-shards; writing takes from the devices one tensor at a time. Neither ever holds more of the model in host memory than
-one shard of one leaf, or one tensor.
+`model.layers.{i}.mlp.up_proj.weight` of all layers i, or a leaf of experts in a tensor for each expert e of each layer.
+Reading takes from the files only the bytes of this process's shards; writing takes from the devices one tensor at a
+time. Neither ever holds more of the model in host memory than one shard of one leaf, or one tensor.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from models.families import family_for
 from models.hub import INDEX, SINGLE, weight_files
 from models.safetensors_file import Spec, Stored, copy_rows, read_header, write_tensors
 from models.sharding import paths
-from models.shards import Place, fetch_tensor, read_leaf
+from models.shards import Place, fetch_tensor, find_place, read_leaf
 
 HEAD, EMBEDDING = "head/kernel", "embed/embedding"
-READERS = min(8, os.cpu_count() or 1)  # threads that copy layers of one leaf at the same time
+READERS = min(8, os.cpu_count() or 1)  # threads that copy tensors of one leaf at the same time
 
 
 def load_params(folder: Path, config: DecoderConfig, *, shardings: Any, dtype: Any) -> Params:
@@ -57,8 +57,8 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Stored
     """
     family = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     leaves = paths(abstract_params(config, dtype=jnp.float32))
-    places = {path: _place(path, leaf.shape, family.WEIGHTS) for path, leaf in leaves.items()}
-    stored = stored_tensors(folder)
+    places = _places(leaves, family.WEIGHTS)
+    stored = _with_prefix(stored_tensors(folder), family.WEIGHTS[EMBEDDING])
     _check(folder, stored, places, family.WEIGHTS, ignored=family.IGNORED, tied=config.tied_head)
     return stored, places
 
@@ -85,14 +85,13 @@ def save_folder(
     assert {p: x.shape for p, x in leaves.items()} == {p: x.shape for p, x in expected.items()}, (
         "not config's parameters"
     )
-    table = family_for(hf_config).WEIGHTS
-    places = {path: _place(path, leaf.shape, table) for path, leaf in leaves.items()}
-    origin = {name: (path, layer) for path, place in places.items() for layer, name in enumerate(place.names)}
+    places = _places(leaves, family_for(hf_config).WEIGHTS)
+    origin = {name: (path, number) for path, place in places.items() for number, name in enumerate(place.names)}
     specs = {name: Spec(places[origin[name][0]].hf_shape, dtype) for name in sorted(origin, key=_by_layer)}
 
     def tensor(name: str) -> np.ndarray:
-        path, layer = origin[name]
-        return fetch_tensor(leaves[path], layer, places[path], dtype=dtype)
+        path, number = origin[name]
+        return fetch_tensor(leaves[path], number, places[path], dtype=dtype)
 
     if jax.process_index() == 0:
         with _appearing_whole(folder) as part:
@@ -133,13 +132,19 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _place(path: str, shape: tuple[int, ...], table: Mapping[str, str]) -> Place:
-    if path not in table:
-        raise ValueError(f"the family's WEIGHTS has no entry for the parameter {path}")
-    stacked, transposed = "{i}" in table[path], path.endswith("/kernel")
-    one = shape[1:] if stacked else shape
-    names = tuple(table[path].replace("{i}", str(i)) for i in range(shape[0] if stacked else 1))
-    return Place(names, stacked, transposed, one[::-1] if transposed else one)
+def _places(leaves: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Place]:
+    if missing := [path for path in leaves if path not in table]:
+        raise ValueError(f"the family's WEIGHTS has no entry for {_some(missing)}")
+    return {path: find_place(path, leaf.shape, table[path]) for path, leaf in leaves.items()}
+
+
+def _with_prefix(stored: Mapping[str, Stored], embedding: str) -> dict[str, Stored]:
+    """The names that a whole model gives its tensors: files of one without its head, as GPT-2's own, lack the first
+    word of each.
+    """
+    prefix, _, bare = embedding.partition(".")
+    lacking = embedding not in stored and bare in stored
+    return {f"{prefix}.{name}" if lacking else name: tensor for name, tensor in stored.items()}
 
 
 def _check(

@@ -2,17 +2,44 @@
 files.
 
 A family is one module with `config(fields) -> DecoderConfig`, `WEIGHTS` (path in our tree → Hugging Face tensor name,
-`{i}` for the layer) and `IGNORED` (patterns of tensors that carry nothing). It is found by `model_type`; adding one is
-a file here and a line below.
+`{i}` for the layer, `{e}` for the expert or head where that axis too is spread over several tensors) and `IGNORED`
+(patterns of tensors that carry nothing). It is found by `model_type`; adding one is a file here and a line below.
 """
 
 import importlib
+import logging
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+log = logging.getLogger("einkorn")
+
 FAMILIES = {
+    "cohere": "models.families.cohere",
+    "cohere2": "models.families.cohere2",
+    "gemma": "models.families.gemma",
+    "gemma2": "models.families.gemma2",
+    "gemma3_text": "models.families.gemma3_text",
+    "glm4": "models.families.glm4",
+    "gpt2": "models.families.gpt2",
+    "gpt_neox": "models.families.gpt_neox",
+    "gpt_oss": "models.families.gpt_oss",
+    "granite": "models.families.granite",
     "llama": "models.families.llama",
+    "mistral": "models.families.mistral",
+    "mixtral": "models.families.mixtral",
+    "olmo2": "models.families.olmo2",
+    "olmo3": "models.families.olmo3",
+    "olmoe": "models.families.olmoe",
+    "phi": "models.families.phi",
+    "phi3": "models.families.phi3",
+    "qwen2": "models.families.qwen2",
+    "qwen2_moe": "models.families.qwen2_moe",
+    "qwen3": "models.families.qwen3",
+    "qwen3_moe": "models.families.qwen3_moe",
+    "smollm3": "models.families.smollm3",
+    "stablelm": "models.families.stablelm",
+    "starcoder2": "models.families.starcoder2",
 }
 
 # Fields that every Hugging Face configuration may carry and that do not change what a forward pass computes.
@@ -23,9 +50,15 @@ HARMLESS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
         *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
         *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "initializer_range"),
-        *("unsloth_version", "unsloth_fixed"),
+        *("unsloth_version", "unsloth_fixed", "is_decoder"),
     }
 )
+
+
+class AsStored(str):
+    """The name of a tensor that the files keep as [in, out] like our kernels, where a linear layer's is [out, in]."""
+
+    __slots__ = ()
 
 
 class Fields:
@@ -56,6 +89,12 @@ class Fields:
             raise ValueError(
                 f"not implemented yet: {name}: {value!r} in config.json (this port computes {allowed[0]!r} only)"
             )
+
+    def dropout(self, *names: str) -> None:
+        """Read rates of dropout: training here is without, and the log says so where the file asks for some."""
+        for name in names:
+            if self.get(name, 0.0):
+                log.warning("config.json: %s %s: dropout inside the model is not applied", name, self._values[name])
 
     def finish(self) -> None:
         """Raise if a field was neither read nor known to be harmless: it might change the model's numbers."""

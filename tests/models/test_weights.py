@@ -14,15 +14,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models.decoder import abstract_params
 from models.families import decoder_config
-from models.safetensors_file import Spec, copy_rows, read_header, write_tensors
 from models.sharding import make_mesh, parameter_shardings, paths
 from models.weights import load_params, save_folder, stored_tensors
 
@@ -98,6 +95,20 @@ def test_any_mesh_reads_the_same_numbers_as_one_device(tiny_llama: Path, sizes: 
     spread = load(tiny_llama, shardings=shardings)
     assert jax.tree.map(lambda x: x.sharding, spread) == shardings
     jax.tree.map(np.testing.assert_array_equal, spread, load(tiny_llama))
+
+
+def test_files_of_a_model_without_its_head_lack_a_prefix_and_are_read_all_the_same(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    def without_head(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        del tensors["lm_head.weight"]
+
+    bare = load(tie(changed(tiny_llama, tmp_path / "m", without_head)))
+    whole = load(tiny_llama)
+    del whole["head"]
+    jax.tree.map(np.testing.assert_array_equal, bare, whole)
 
 
 def test_a_model_in_many_files_reads_as_the_model_in_one(tiny_llama: Path, tmp_path: Path) -> None:
@@ -261,28 +272,6 @@ def test_quantised_tensors_are_refused_by_name(tiny_llama: Path, tmp_path: Path)
     assert "tensor lm_head.weight is stored as I8; allowed: F64, F32, F16, BF16" in refused(folder)
 
 
-@given(
-    data=st.data(),
-    shape=st.lists(st.integers(1, 70), min_size=1, max_size=3),
-    dtype=st.sampled_from(["float32", "float16"]),
-)
-def test_any_slice_of_a_stored_tensor_reads_as_numpy_slices_it(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, shape: list[int], dtype: str
-) -> None:
-    array = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
-    file = tmp_path_factory.mktemp("slices") / "one.safetensors"
-    other = np.ones(3, np.float32)  # something before it, so that it does not begin where the data begins
-    specs = {"other": Spec(other.shape, other.dtype), "array": Spec(array.shape, array.dtype)}
-    write_tensors(file, specs, lambda name: {"other": other, "array": array}[name], metadata={})
-    index = []
-    for size in shape:
-        start = data.draw(st.integers(0, size - 1))
-        index.append(slice(start, data.draw(st.integers(start + 1, size))))
-    target = np.empty(array[tuple(index)].shape, np.float64)
-    copy_rows(read_header(file)["array"], tuple(index), target)
-    np.testing.assert_array_equal(target, array[tuple(index)])
-
-
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
@@ -305,13 +294,22 @@ print(loaded - before, peak() - before, sum(leaf.nbytes for leaf in jax.tree.lea
 """
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.fixture(scope="module")
+def smollm2_in_parts(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in some ten files and an index, as larger models come."""
+    folder = tmp_path_factory.mktemp("parts") / "model"
+    save(folder, load(smollm2_folder), like=smollm2_folder, max_shard_bytes=30_000_000)
+    assert len(list(folder.glob("model-*.safetensors"))) >= 8
+    return folder
+
+
+@pytest.mark.parametrize(("model", "devices"), [("folder", 1), ("folder", 8), ("in_parts", 1), ("in_parts", 8)])
 def test_host_memory_beyond_the_arrays_stays_below_the_largest_tensor_and_300_mb(
-    smollm2_folder: Path, tmp_path: Path, devices: int
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, devices: int
 ) -> None:
     flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, smollm2_folder, tmp_path / "out"],
+        [sys.executable, "-c", MEMORY, request.getfixturevalue(f"smollm2_{model}"), tmp_path / "out"],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
