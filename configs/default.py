@@ -252,6 +252,7 @@ DEEPSPEED: Table = {
 MESH: Table = {
     "data": Key(None, int, "ours: copies of the model; -1: all devices left; null: as fsdp.* says", low=-1),
     "fsdp": Key(None, int, "ours: devices that share a copy; -1: all devices left; null: as fsdp.* says", low=-1),
+    "expert": Key(None, int, "ours: devices that share the experts of a layer; -1: all devices left; null: 1", low=-1),
     "tensor": Key(None, int, "ours: devices that share each matrix; -1: all devices left; null: 1", low=-1),
     "context": Key(None, int, "ours: devices that share each row; -1: all devices left; null: 1", low=-1),
 }

@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import Any
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES = ("data", "fsdp", "expert", "tensor", "context")
 REST = -1
 LONGEST_NAME = 100
 
@@ -40,7 +40,7 @@ def mesh_axes(config: Any, *, hosts: int = 1) -> dict[str, int]:
 
     `hosts` is the number of processes: HYBRID_SHARD keeps a copy of the model on each.
     """
-    sizes = _strategy_axes(config, hosts) | {"tensor": 1, "context": 1}
+    sizes = _strategy_axes(config, hosts) | {"expert": 1, "tensor": 1, "context": 1}
     asked = {axis: config.mesh[axis] for axis in AXES if config.mesh[axis] is not None}
     if REST in asked.values():
         sizes = {axis: 1 if size == REST else size for axis, size in sizes.items()}

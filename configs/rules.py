@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from configs.default import DATASET, SCHEMA
-from configs.derived import max_length, run_name
+from configs.derived import AXES, max_length, run_name
 from configs.key import LATER, NO_EFFECT, Key, settings
 from configs.methods import GRPO
 from configs.yaml_text import written
@@ -157,7 +157,7 @@ RULES = (
     Rule(("model.model_max_length", "training.trainer_kwargs.max_length"), _length_to_pack),
     Rule(("training.trainer_kwargs.loss_type", "training.trainer_kwargs.label_smoothing_factor"), _smoothing),
     Rule(("training.reward_functions", "training.trainer_type"), _rewards),
-    Rule(tuple(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor", "context")), _mesh),
+    Rule(tuple(f"mesh.{axis}" for axis in AXES), _mesh),
 )
 
 

@@ -22,6 +22,7 @@ from launch.assemble import Model
 from launch.samples import sample_answers
 from models import weights
 from models.decoder import abstract_params
+from models.sharding import replicas
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
 from trainers.environment import describe_environment
@@ -158,8 +159,8 @@ def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
 
 def rows_per_step(config: ConfigDict, mesh: Mesh) -> int:
     """Rows of one optimizer step over all devices: those that share a row (tensor, context) count as one."""
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    return config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps * replicas
+    training = config.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * replicas(mesh)
 
 
 def schedule_of(config: ConfigDict, feed: Feed) -> Schedule:
@@ -285,7 +286,7 @@ def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None
     validation = eval_feed(
         config.data,
         model.tokenizer,
-        rows_per_step=config.training.per_device_eval_batch_size * mesh.shape["data"] * mesh.shape["fsdp"],
+        rows_per_step=config.training.per_device_eval_batch_size * replicas(mesh),
         seed=config.training.data_seed,
         **masking(config),
     )

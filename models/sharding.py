@@ -1,8 +1,9 @@
 """The device mesh, where each parameter lies on it, and the constraints on activations.
 
-Axes: `data` (whole copies of the model), `fsdp` (parameters split, gathered when used), `tensor` (matrices split by
-head and by hidden unit), `context` (the sequence split). Rows of a batch are split over `data` and `fsdp`. The same
-code runs on one device, on eight fake ones and on a pod; an axis that does not divide a dimension is left out for it.
+Axes: `data` (whole copies of the model), `fsdp` (parameters split, gathered when used), `expert` (each device has some
+of a layer's experts), `tensor` (matrices split by head and by hidden unit), `context` (the sequence split). Rows of a
+batch are split over the first three. The same code runs on one device, on eight fake ones and on a pod; an axis that
+does not divide a dimension is left out for it.
 """
 
 import math
@@ -14,16 +15,20 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor", "context")
-ROWS = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+ROWS = ("data", "fsdp", "expert")
 
 # Path in the parameter tree → what each dimension is split over. The first match holds; layers carry a leading, unsplit
 # axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),
-    (r"layers/.*/(q|k|v|gate|up)/kernel", (None, "fsdp", "tensor")),
-    (r"layers/.*/(q|k|v|gate|up)/bias", (None, "tensor")),
+    (r"layers/moe/experts/(gate|up|gate_up)/kernel", (None, "expert", "fsdp", "tensor")),
+    (r"layers/moe/experts/(gate|up|gate_up)/bias", (None, "expert", "tensor")),
+    (r"layers/moe/experts/down/kernel", (None, "expert", "tensor", "fsdp")),
+    (r"layers/moe/experts/down/bias", (None, "expert")),
+    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)/bias", (None, "tensor")),
     (r"layers/.*/(o|down)/kernel", (None, "tensor", "fsdp")),
     (r".*", ()),
 )
@@ -52,6 +57,18 @@ def paths(tree: Any) -> dict[str, Any]:
     return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dicts with these leaves by path: the inverse of `paths`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *rooms, last = path.split("/")
+        room = tree
+        for name in rooms:
+            room = room.setdefault(name, {})
+        room[last] = leaf
+    return tree
+
+
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a parameter tree (arrays or ShapeDtypeStructs), by RULES."""
 
@@ -64,8 +81,13 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch [A, B, L]: rows over `data` and `fsdp`, tokens over `context`."""
+    """Of a batch [A, B, L]: rows over ROWS, tokens over `context`."""
     return NamedSharding(mesh, P(None, ROWS, "context"))
+
+
+def replicas(mesh: Mesh) -> int:
+    """How many parts a batch's rows are split into: devices that share a row (tensor, context) count as one."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -75,7 +97,14 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*_dividing(axes, x.shape, mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, dividing_spec(x.shape, *axes))
+
+
+def dividing_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> P:
+    """How an array of this shape is split over these axes of the mesh of `jax.set_mesh`, one entry for each
+    dimension.
+    """
+    return P(*_dividing(axes, shape, jax.sharding.get_abstract_mesh().shape))
 
 
 def _dividing(axes: Sequence[Any], shape: Sequence[int], sizes: Mapping[str, int]) -> list[Any]:

@@ -21,11 +21,17 @@ def test_fsdp_strategies_become_axes_of_the_mesh(strategy):
     config = get_config()
     config.fsdp.enable_fsdp = True
     config.fsdp.sharding_strategy = strategy
-    assert derived.mesh_axes(config, hosts=4) == STRATEGIES[strategy] | {"tensor": 1, "context": 1}
+    assert derived.mesh_axes(config, hosts=4) == STRATEGIES[strategy] | {"expert": 1, "tensor": 1, "context": 1}
 
 
 def test_without_fsdp_each_device_holds_a_copy():
-    assert derived.mesh_axes(get_config(), hosts=4) == {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}
+    assert derived.mesh_axes(get_config(), hosts=4) == {
+        "data": -1,
+        "fsdp": 1,
+        "expert": 1,
+        "tensor": 1,
+        "context": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -42,11 +48,12 @@ def test_stages_of_deepspeed_become_axes_too(stage, axes):
 @pytest.mark.parametrize(
     ("asked", "axes"),
     [
-        ({"tensor": 2}, (-1, 1, 2, 1)),  # the rest stays where fsdp.* put it
-        ({"fsdp": 8}, (-1, 8, 1, 1)),
-        ({"fsdp": -1}, (1, -1, 1, 1)),  # asked for, it takes the rest from data
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2, 1)),
-        ({"context": -1}, (1, 1, 1, -1)),
+        ({"tensor": 2}, (-1, 1, 1, 2, 1)),  # the rest stays where fsdp.* put it
+        ({"fsdp": 8}, (-1, 8, 1, 1, 1)),
+        ({"fsdp": -1}, (1, -1, 1, 1, 1)),  # asked for, it takes the rest from data
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2, 1)),
+        ({"fsdp": -1, "expert": 4}, (1, -1, 4, 1, 1)),
+        ({"context": -1}, (1, 1, 1, 1, -1)),
     ],
 )
 def test_the_mesh_wins_over_fsdp(asked, axes):
@@ -58,7 +65,7 @@ def test_the_mesh_wins_over_fsdp(asked, axes):
 SIZES = st.none() | st.integers(1, 4)
 
 
-@given(st.tuples(SIZES, SIZES, SIZES, SIZES), st.integers(0, 4), st.sampled_from(sorted(STRATEGIES)), st.booleans())
+@given(st.tuples(*[SIZES] * 5), st.integers(0, 5), st.sampled_from(sorted(STRATEGIES)), st.booleans())
 def test_a_mesh_never_has_two_axes_of_the_rest(sizes, rest, strategy, fsdp):
     config = get_config()
     config.fsdp.enable_fsdp, config.fsdp.sharding_strategy = fsdp, strategy

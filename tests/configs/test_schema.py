@@ -135,7 +135,7 @@ def test_the_configuration_holds_every_key_with_its_default_and_refuses_others()
     config = get_config()
     assert config.training.learning_rate == 5e-5
     assert config.data.train.datasets == []
-    assert config.mesh.to_dict() == {"data": None, "fsdp": None, "tensor": None, "context": None}
+    assert config.mesh.to_dict() == dict.fromkeys(("data", "fsdp", "expert", "tensor", "context"))
     assert "max_length" not in config.data.train  # another name is no key
     with pytest.raises(AttributeError, match="learning_rte"):
         config.training.learning_rte = 1.0
