@@ -107,6 +107,17 @@ def dividing_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> 
     return P(*_dividing(axes, shape, jax.sharding.get_abstract_mesh().shape))
 
 
+def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, inside of `jax.shard_map` each marked as differing along every axis that one of them differs
+    along: loops and `jax.custom_vjp` want one type for what belongs together.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset[str]().union(*varying)
+    return tuple(
+        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") for x, own in zip(arrays, varying, strict=True)
+    )
+
+
 def _dividing(axes: Sequence[Any], shape: Sequence[int], sizes: Mapping[str, int]) -> list[Any]:
     """The axes, without those whose number of devices does not divide the dimension."""
     kept: list[Any] = []
