@@ -1,4 +1,4 @@
-"""The linear layer of every family.
+"""The linear layer of every family, with or without an adapter beside it.
 
 B rows, L tokens, D inputs, F outputs, R the rank of an adapter.
 """
@@ -9,21 +9,46 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.lora import Lora, column_norms, dropped
+
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, the kernel as [D, F].
 
     Shapes alone matter here: modules are built abstractly, their values come from files or from
-    `models.decoder.init_params`.
+    `models.decoder.init_params`. Where the parameter tree has leaves of an adapter beside the kernel (models/lora.py),
+    the decoder gives the module attributes of these names, and its product is the adapted one.
     """
+
+    lora_a: nnx.Param
+    lora_b: nnx.Param
+    lora_magnitude: nnx.Param
+    dropout_key: nnx.Param
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool):
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, lora: Lora | None = None) -> jax.Array:
         out_BLF = matrix_product(x_BLD, self.kernel[...])
+        if hasattr(self, "lora_a"):
+            assert lora is not None, "an adapter without its settings: set Compute.lora"
+            out_BLF = self._adapted(x_BLD, out_BLF, lora)
         return out_BLF if self.bias is None else out_BLF + self.bias[...][None, None, :]
+
+    def _adapted(self, x_BLD: jax.Array, out_BLF: jax.Array, lora: Lora) -> jax.Array:
+        """`x W + s dropout(x) A B` (arXiv:2106.09685), and of DoRA `m / |W + s A B|` times that (arXiv:2402.09353,
+        eq. 5), whose norm over each column is held fixed (section 4.3). peft drops x in both terms of what DoRA adds.
+        """
+        a_DR, b_RF = self.lora_a[...], self.lora_b[...]
+        seen_BLD = dropped(x_BLD, self.dropout_key[...], lora.dropout) if hasattr(self, "dropout_key") else x_BLD
+        change_BLF = lora.scale * matrix_product(matrix_product(seen_BLD, a_DR), b_RF)
+        if not hasattr(self, "lora_magnitude"):
+            return out_BLF + change_BLF
+        norms_F = jax.lax.stop_gradient(column_norms(self.kernel[...], a_DR, b_RF, lora.scale))
+        factor_F = (self.lora_magnitude[...] / norms_F)[None, None, :]
+        seen_BLF = out_BLF if seen_BLD is x_BLD else matrix_product(seen_BLD, self.kernel[...])
+        return out_BLF + (factor_F - 1) * seen_BLF + factor_F * change_BLF
 
 
 def matrix_product(x_BLD: jax.Array, kernel_DF: jax.Array, **options: Any) -> jax.Array:
