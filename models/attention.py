@@ -28,10 +28,20 @@ class Where(NamedTuple):
     q_segments_BL: jax.Array
     k_segments_BS: jax.Array
 
-    def visible_BLS(self) -> jax.Array:
-        """True where a query may look at a key."""
+    def visible_BLS(self, window: int | None) -> jax.Array:
+        """True where a query may look at a key: itself and those before it, `window` in all."""
         same = self.q_segments_BL[:, :, None] == self.k_segments_BS[:, None, :]
-        return same & (self.q_positions_BL[:, :, None] >= self.k_positions_BS[:, None, :])
+        back_BLS = self.q_positions_BL[:, :, None] - self.k_positions_BS[:, None, :]
+        visible = same & (back_BLS >= 0)
+        return visible if window is None else visible & (back_BLS < window)
+
+
+class Scores(NamedTuple):
+    """How queries and keys become scores; static."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 class Backend(NamedTuple):
@@ -48,18 +58,26 @@ def attend(
     *,
     where: Where,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_N: jax.Array | None = None,
     reach: int | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention [B, L, N, H] of each query over the keys that `where` lets it see; scores and softmax in
     float32.
 
-    `reach` promises that S = L, that query i sees no key after i, and none before i - reach + 1: products with keys out
-    of reach are then left out. `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A
-    named backend that cannot run is a ValueError.
+    `window`: a query sees so many keys at most, its own included. `softcap` c turns scores s into c tanh(s / c)
+    (arXiv:2408.00118, §2). `sinks_N` is for each head the score of attending to nothing. `reach` promises that S = L,
+    that query i sees no key after i, and none before i - reach + 1: products with keys out of reach are then left out.
+    `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run
+    is a ValueError.
     """
     run = BACKENDS[pick(backend, jax.default_backend())].attend
-    return run(q_BLNH, k_BSKH, v_BSKH, where=where, scale=scale, reach=reach)
+    scores = Scores(scale, window, softcap)
+    if reach is not None and window is not None:
+        reach = min(reach, window)
+    return run(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
 
 
 @functools.cache
@@ -85,15 +103,22 @@ def pick(name: str, platform: str) -> str:
 
 
 def _xla(
-    q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, where: Where, scale: float, reach: int | None
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    where: Where,
+    scores: Scores,
+    reach: int | None,
 ) -> jax.Array:
     """Plain XLA, a block of queries at a time with the keys in its reach: memory grows with L, not with its square."""
     L = q_BLNH.shape[1]
     block = max(BLOCK, -(-L // MOST_BLOCKS))
     mesh = jax.sharding.get_abstract_mesh()
     if reach is None or 2 * block >= L or (not mesh.empty and mesh.shape["context"] > 1):
-        return _products(q_BLNH, k_BSKH, v_BSKH, where, scale)
-    products = jax.checkpoint(_products, static_argnums=4)
+        return _products(q_BLNH, k_BSKH, v_BSKH, sinks_N, where, scores)
+    products = jax.checkpoint(_products, static_argnums=5)
     out = []
     for start in range(0, L, block):
         queries, keys = slice(start, start + block), slice(max(0, start - reach + 1), start + block)
@@ -103,11 +128,18 @@ def _xla(
             where.q_segments_BL[:, queries],
             where.k_segments_BS[:, keys],
         )
-        out.append(products(q_BLNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], near, scale))
+        out.append(products(q_BLNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], sinks_N, near, scores))
     return jnp.concatenate(out, axis=1)
 
 
-def _products(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, where: Where, scale: float) -> jax.Array:
+def _products(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_N: jax.Array | None,
+    where: Where,
+    scores: Scores,
+) -> jax.Array:
     """All queries by all keys. The G query heads of a key head are folded into its queries (Q = G L): few large
     products instead of many small ones.
     """
@@ -116,11 +148,25 @@ def _products(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, where: Wh
     G = N // K
     q_BKQH = q_BLNH.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores_BKQS = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    visible_BKQS = jnp.tile(where.visible_BLS(), (1, G, 1))[:, None, :, :]
-    weights_BKQS = jax.nn.softmax(jnp.where(visible_BKQS, scores_BKQS, MASKED), axis=-1).astype(v_BSKH.dtype)
-    out_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights_BKQS, v_BKSH)
+    scores_BKQS = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32) * scores.scale
+    if scores.softcap is not None:
+        scores_BKQS = scores.softcap * jnp.tanh(scores_BKQS / scores.softcap)
+    visible_BKQS = jnp.tile(where.visible_BLS(scores.window), (1, G, 1))[:, None, :, :]
+    scores_BKQS = jnp.where(visible_BKQS, scores_BKQS, MASKED)
+    if sinks_N is None:
+        weights_BKQS = jax.nn.softmax(scores_BKQS, axis=-1)
+    else:
+        sinks_KQ = jnp.repeat(sinks_N.astype(jnp.float32).reshape(K, G), L, axis=1)
+        weights_BKQS = _softmax_with_sink(scores_BKQS, sinks_KQ[None, :, :, None])
+    out_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights_BKQS.astype(v_BSKH.dtype), v_BKSH)
     return out_BKQH.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+
+
+def _softmax_with_sink(scores_BKQS: jax.Array, sinks_BKQ1: jax.Array) -> jax.Array:
+    """Softmax over keys and one more that has a score and no value (arXiv:2309.17453)."""
+    most = jax.lax.stop_gradient(jnp.maximum(scores_BKQS.max(axis=-1, keepdims=True), sinks_BKQ1))
+    weights_BKQS = jnp.exp(scores_BKQS - most)
+    return weights_BKQS / (weights_BKQS.sum(axis=-1, keepdims=True) + jnp.exp(sinks_BKQ1 - most))
 
 
 BACKENDS: dict[str, Backend] = {"xla": Backend(refuses=lambda platform: None, attend=_xla)}

@@ -1,225 +1,66 @@
 """The decoder: token ids → hidden states → vocabulary, for every family.
 
-B rows, L tokens, D width, N query heads, K key heads, H head width, F width of the MLP, V vocabulary, n layers, S slots
-of the cache.
+B rows, L tokens, D width, K key heads, H head width, V vocabulary, n layers, S slots of the cache.
 
-Modules are Flax NNX, built once without arrays and split; from there on parameters are a plain nested dict whose layers
-are stacked on a leading axis. `jax.lax.scan` runs them and merges one layer into its module at trace time, so that
-compile time does not grow with depth.
+The layer is a Flax NNX module (models/layers.py), built once without arrays and split; from there on parameters are a
+plain nested dict whose layers are stacked on a leading axis. `jax.lax.scan` runs them, a period of unlike layers at a
+time, and merges each layer into its module at trace time, so that compile time does not grow with depth.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import Where, attend
-from models.rope import Rope, rotate
-from models.sharding import ROWS, constrain
+from models.attention import Where
+from models.config import Compute, DecoderConfig, Layer
+from models.layers import NORMS, Block, Cache, LayerCache, Road, normed
+from models.moe import RouterStats
+from models.rope import document_lengths
+from models.sharding import ROWS, constrain, paths
 
+__all__ = ["Cache", "Compute", "DecoderConfig", "Layer"]  # for those who read only this file
 Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What a checkpoint decides. No field has a default: a family that forgets one is a TypeError, not another
-    model.
-    """
-
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    activation: str
-    norm_eps: float
-    rope: Rope
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    tied_head: bool
-    initializer_range: float
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How to compute, which no checkpoint decides: dtype of activations, attention backend, what to recompute, layers
-    in one scan step, and the longest document of a row (None: the row may be one), beyond which nobody looks back.
-    """
-
-    dtype: Any = jnp.float32
-    attention: str = "auto"
-    remat: str = "none"
-    scan_unroll: int = 1
-    longest_document: int | None = None
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer [n, B, S, K, H]; slot s of a row holds its token at position s."""
-
-    k: jax.Array
-    v: jax.Array
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 # What `jax.checkpoint` keeps of each layer for the backward pass; the rest is computed again.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+LONGEST_PERIOD = 8  # layers in one scan step, where layers are unlike
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (arXiv:1910.07467, eq. 4), scaled in the dtype of its input, as transformers
-    does.
-    """
+class Head(NamedTuple):
+    """From hidden state to vocabulary: `softcap * tanh(logits / softcap)` of logits = hidden @ kernel.T + bias."""
 
-    def __init__(self, width: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((width,)))
-        self.eps = eps
+    kernel_VD: jax.Array
+    bias_V: jax.Array | None
+    softcap: float | None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.eps)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x²) + eps) * scale` over the last axis."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1)))
-    return normed.astype(x.dtype) * scale
-
-
-def _linear(inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=bias, dot_general=_flat_dot, rngs=rngs)
-
-
-def _flat_dot(x_BLD: jax.Array, kernel_DF: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
-    """A product of matrices, [B L, D] by [D, F], in both passes.
-
-    XLA on CPU transposes whole activations for a weight gradient that sums over two dimensions, which took longer than
-    the product itself. Merging rows and tokens costs nothing unless both are split over devices; then they stay apart.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if x_BLD.ndim != 3 or (not mesh.empty and mesh.shape["context"] > 1):
-        return jax.lax.dot_general(x_BLD, kernel_DF, dimensions, **options)
-    B, L, D = x_BLD.shape
-    out = jax.lax.dot_general(x_BLD.reshape(B * L, D), kernel_DF, (((1,), (0,)), ((), ())), **options)
-    return out.reshape(B, L, kernel_DF.shape[1])
-
-
-class Attention(nnx.Module):
-    """Multi-head attention with shared key heads (arXiv:2305.13245) and rotary positions."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        D, H = config.width, config.head_width
-        self.q = _linear(D, config.heads * H, bias=config.qkv_bias, rngs=rngs)
-        self.k = _linear(D, config.kv_heads * H, bias=config.qkv_bias, rngs=rngs)
-        self.v = _linear(D, config.kv_heads * H, bias=config.qkv_bias, rngs=rngs)
-        self.o = _linear(config.heads * H, D, bias=config.o_bias, rngs=rngs)
-
-    def __call__(
-        self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None"
-    ) -> tuple[jax.Array, "LayerCache | None"]:
-        B, L, _ = x_BLD.shape
-        H = self.config.head_width
-        q_BLNH = rotate(self.q(x_BLD).reshape(B, L, self.config.heads, H), *road.rope)
-        k_BLKH = rotate(self.k(x_BLD).reshape(B, L, self.config.kv_heads, H), *road.rope)
-        v_BLKH = self.v(x_BLD).reshape(B, L, self.config.kv_heads, H)
-        q_BLNH = constrain(q_BLNH, ROWS, "context", "tensor", None)
-        if cache is not None:
-            k_BLKH, v_BLKH, cache = cache.write(k_BLKH, v_BLKH, road.where.q_positions_BL)
-        out_BLNH = attend(
-            q_BLNH, k_BLKH, v_BLKH, where=road.where, scale=H**-0.5, reach=road.reach, backend=road.attention
-        )
-        return self.o(out_BLNH.reshape(B, L, self.config.heads * H)), cache
-
-
-class MLP(nnx.Module):
-    """Gated MLP, `down(act(gate(x)) * up(x))` (arXiv:2002.05202, eq. 6)."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        D, F, bias = config.width, config.mlp_width, config.mlp_bias
-        self.gate = _linear(D, F, bias=bias, rngs=rngs)
-        self.up = _linear(D, F, bias=bias, rngs=rngs)
-        self.down = _linear(F, D, bias=bias, rngs=rngs)
-        self.activation = config.activation
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        hidden_BLF = ACTIVATIONS[self.activation](self.gate(x_BLD)) * self.up(x_BLD)
-        return self.down(constrain(hidden_BLF, ROWS, "context", "tensor"))
-
-
-class Block(nnx.Module):
-    """One layer: attention and MLP, each behind a norm and added to the stream."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
-        self.post_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(
-        self, x_BLD: jax.Array, road: "Road", cache: "LayerCache | None"
-    ) -> tuple[jax.Array, "LayerCache | None"]:
-        attended_BLD, cache = self.attention(self.input_norm(x_BLD), road, cache)
-        x_BLD = x_BLD + attended_BLD
-        x_BLD = x_BLD + self.mlp(self.post_norm(x_BLD))
-        return constrain(x_BLD, ROWS, "context", None), cache
-
-
-class Road(NamedTuple):
-    """What all layers share in one forward pass: rotary tables, who sees whom, how far back, and the attention
-    backend.
-    """
-
-    rope: tuple[jax.Array, jax.Array]
-    where: Where
-    reach: int | None
-    attention: str
-
-
-class LayerCache(NamedTuple):
-    """The whole cache and the layer that is being computed: written in place, since a scan would copy what it
-    slices.
-    """
-
-    cache: Cache
-    layer: jax.Array
-
-    def write(
-        self, k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BL: jax.Array
-    ) -> tuple[jax.Array, jax.Array, "LayerCache"]:
-        """Put new keys and values into their slots; returns this layer's keys and values [B, S, K, H], and the new
-        cache.
-        """
-        rows_BL = jnp.arange(slots_BL.shape[0])[:, None] + jnp.zeros_like(slots_BL)
-        at = (self.layer, rows_BL, slots_BL)
-        cache = Cache(
-            self.cache.k.at[at].set(k_BLKH.astype(self.cache.k.dtype), mode="drop"),
-            self.cache.v.at[at].set(v_BLKH.astype(self.cache.v.dtype), mode="drop"),
-        )
-        return cache.k[self.layer], cache.v[self.layer], LayerCache(cache, self.layer)
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        kernel_VD = self.kernel_VD.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, kernel_VD, preferred_element_type=jnp.float32)
+        if self.bias_V is not None:
+            logits = logits + self.bias_V.astype(jnp.float32).reshape(*(1,) * (logits.ndim - 1), -1)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
 @functools.cache
-def _block(config: DecoderConfig) -> tuple[nnx.GraphDef, Any]:
-    """The graph of one layer and its abstract parameters."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> tuple[nnx.GraphDef, Any]:
+    """The graph of one layer and its abstract parameters; `added` are leaves by path that only an adapter has."""
+
+    def build() -> Block:
+        block = Block(config)
+        for path, shape in added:
+            *modules, leaf = path.split("/")
+            setattr(functools.reduce(getattr, modules, block), leaf, nnx.Param(jnp.zeros(shape)))
+        return block
+
+    graph, state = nnx.split(nnx.eval_shape(build))
     return graph, nnx.to_pure_dict(state)
 
 
@@ -227,26 +68,27 @@ def abstract_params(config: DecoderConfig, *, dtype: Any) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: every leaf's path and shape, and the given dtype."""
     D, V = config.width, config.vocabulary
 
-    def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.layers, *leaf.shape), dtype)
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     params: Params = {
-        "embed": {"embedding": jax.ShapeDtypeStruct((V, D), dtype)},
-        "layers": jax.tree.map(stacked, _block(config)[1]),
-        "norm": {"scale": jax.ShapeDtypeStruct((D,), dtype)},
+        "embed": {"embedding": leaf(V, D)},
+        "layers": jax.tree.map(lambda one: leaf(config.layers, *one.shape), _block(config)[1]),
+        "norm": {"scale": leaf(D)} | ({"bias": leaf(D)} if config.norm_bias else {}),
     }
-    if not config.tied_head:
-        params["head"] = {"kernel": jax.ShapeDtypeStruct((D, V), dtype)}
-    return params
+    if config.learned_positions:
+        params["positions"] = {"embedding": leaf(config.learned_positions, D)}
+    head = ({} if config.tied_head else {"kernel": leaf(D, V)}) | ({"bias": leaf(V)} if config.head_bias else {})
+    return params | ({"head": head} if head else {})
 
 
 def init_params(key: jax.Array, config: DecoderConfig, *, dtype: Any) -> Params:
-    """Random parameters: matrices normal with the checkpoint's `initializer_range`, scales one, biases zero."""
+    """Random parameters: matrices normal with the checkpoint's `initializer_range`, norms the identity, biases zero."""
 
     def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
         if "scale" in name:
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 1.0 - NORMS[config.norm].offset, leaf.dtype)
         if "bias" in name:
             return jnp.zeros(leaf.shape, leaf.dtype)
         noise = jax.random.normal(jax.random.fold_in(key, _stable_hash(name)), leaf.shape, jnp.float32)
@@ -264,10 +106,30 @@ def hidden_states(
     segments_BL: jax.Array,
     compute: Compute,
 ) -> jax.Array:
-    """The normed output of the last layer [B, L, D], in `compute.dtype`; multiply with `head_kernel` for logits."""
+    """The normed output of the last layer [B, L, D], in `compute.dtype`; `head` turns it into logits."""
+    return routed_hidden_states(
+        params,
+        config,
+        tokens_BL=tokens_BL,
+        positions_BL=positions_BL,
+        segments_BL=segments_BL,
+        compute=compute,
+    )[0]
+
+
+def routed_hidden_states(
+    params: Params,
+    config: DecoderConfig,
+    *,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    compute: Compute,
+) -> tuple[jax.Array, RouterStats | None]:
+    """As `hidden_states`, and what the routers of all layers did, each leaf summed over them (None without experts)."""
     where = Where(positions_BL, positions_BL, segments_BL, segments_BL)
-    x_BLD, _ = _run(params, config, tokens_BL, where, compute, cache=None)
-    return x_BLD
+    x_BLD, _, stats = _run(params, config, tokens_BL, where, compute, cache=None)
+    return x_BLD, stats
 
 
 def cached_hidden_states(
@@ -285,7 +147,7 @@ def cached_hidden_states(
     B, S = cache.k.shape[1:3]
     slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (B, S))
     where = Where(positions_BL, slots_BS, jnp.ones_like(positions_BL), jnp.ones_like(slots_BS))
-    x_BLD, new_cache = _run(params, config, tokens_BL, where, compute, cache=cache)
+    x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, compute, cache=cache)
     assert new_cache is not None
     return x_BLD, new_cache
 
@@ -296,34 +158,122 @@ def empty_cache(config: DecoderConfig, *, rows: int, slots: int, dtype: Any) -> 
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def head_kernel(params: Params, config: DecoderConfig) -> jax.Array:
-    """The matrix [V, D] from hidden state to vocabulary: the embedding itself where the head is tied to it."""
-    return params["embed"]["embedding"] if config.tied_head else params["head"]["kernel"].T
+def head(params: Params, config: DecoderConfig) -> Head:
+    """What turns hidden states into logits: the embedding itself where the head is tied to it."""
+    own = params.get("head", {})
+    kernel_VD = params["embed"]["embedding"] if config.tied_head else own["kernel"].T
+    return Head(kernel_VD, own.get("bias"), config.logit_softcap)
 
 
 def _run(
     params: Params, config: DecoderConfig, tokens_BL: jax.Array, where: Where, compute: Compute, *, cache: Cache | None
-) -> tuple[jax.Array, Cache | None]:
-    graph, _ = _block(config)
-    reach = None if cache is not None else compute.longest_document or tokens_BL.shape[1]
-    road = Road(config.rope.tables(where.q_positions_BL), where, reach, compute.attention)
-    x_BLD = params["embed"]["embedding"][tokens_BL].astype(compute.dtype)
-    x_BLD = constrain(x_BLD, ROWS, "context", None)
+) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+    lengths_BL = None if cache is not None else document_lengths(where.q_positions_BL, where.q_segments_BL)
+    road = Road(
+        tables={
+            rope: rope.tables(where.q_positions_BL, lengths_BL)
+            for rope in {layer.rope for layer in config.each}
+            if rope
+        },
+        where=where,
+        reach=None if cache is not None else compute.longest_document or tokens_BL.shape[1],
+        attention=compute.attention,
+        lora=compute.lora,
+    )
+    x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
-    layers = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params["layers"])
+    # Keys of an adapter's dropout are integers.
+    layers = jax.tree.map(
+        lambda leaf: leaf.astype(compute.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params["layers"]
+    )
+    total: RouterStats | None = None
+    for first, repeats, period in periods(config.each):
+        x_BLD, cache, stats = _scan(layers, x_BLD, cache, first, repeats, period, config, compute, road)
+        total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+    x_BLD = normed(x_BLD, params["norm"]["scale"], params["norm"].get("bias"), config)
+    return x_BLD if config.logit_scale == 1.0 else x_BLD * config.logit_scale, cache, total
 
-    def body(carry: tuple[jax.Array, Cache | None], layer: tuple[Params, jax.Array]) -> tuple[Any, None]:
-        x_BLD, cache = carry
-        weights, number = layer
-        slot = None if cache is None else LayerCache(cache, number)
-        x_BLD, slot = nnx.merge(graph, weights)(x_BLD, road, slot)
-        return (x_BLD, None if slot is None else slot.cache), None
+
+def _embedded(
+    params: Params, config: DecoderConfig, tokens_BL: jax.Array, positions_BL: jax.Array, dtype: Any
+) -> jax.Array:
+    x_BLD = params["embed"]["embedding"][tokens_BL].astype(dtype)
+    if config.embed_scale != 1.0:
+        x_BLD = x_BLD * jnp.asarray(config.embed_scale, dtype)
+    if config.learned_positions:
+        x_BLD = x_BLD + params["positions"]["embedding"][positions_BL].astype(dtype)
+    return constrain(x_BLD, ROWS, "context", None)
+
+
+def periods(each: Sequence[Layer]) -> Iterator[tuple[int, int, tuple[Layer, ...]]]:
+    """Layers as few scans: (first layer, how often, which layers in a row); for five local layers and a global one, ten
+    times over, one scan of 10 steps.
+
+    Where no short period fits, like neighbours are scanned together.
+    """
+    n = len(each)
+    for p in range(1, min(LONGEST_PERIOD, n) + 1):
+        if all(each[i] == each[i % p] for i in range(n)) and n >= 2 * p - 1:
+            yield 0, n // p, tuple(each[:p])
+            if n % p:
+                yield n - n % p, 1, tuple(each[: n % p])
+            return
+    first = 0
+    while first < n:
+        last = first
+        while last < n and each[last] == each[first]:
+            last += 1
+        yield first, last - first, (each[first],)
+        first = last
+
+
+def _scan(
+    layers: Params,
+    x_BLD: jax.Array,
+    cache: Cache | None,
+    first: int,
+    repeats: int,
+    period: tuple[Layer, ...],
+    config: DecoderConfig,
+    compute: Compute,
+    road: Road,
+) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+    """`repeats` times the layers of a period, from layer `first` on."""
+    graph, own = _block(config)
+    there, known = paths(layers), paths(own)
+    added = tuple((path, leaf.shape[1:]) for path, leaf in sorted(there.items()) if path not in known)
+    graph, _ = _block(config, added)
+    count = repeats * len(period)
+
+    def grouped(leaf: jax.Array) -> jax.Array:
+        some = leaf if count == config.layers else leaf[first : first + count]
+        return some.reshape(repeats, len(period), *leaf.shape[1:])
+
+    def run(layer: Layer, weights: Params, x_BLD: jax.Array, slot: LayerCache | None):
+        return nnx.merge(graph, weights)(x_BLD, road, layer, slot)
 
     if compute.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[compute.remat], prevent_cse=False)
-    numbers = jnp.arange(config.layers)
-    (x_BLD, cache), _ = jax.lax.scan(body, (x_BLD, cache), (layers, numbers), unroll=compute.scan_unroll)
-    return rms_norm(x_BLD, params["norm"]["scale"], config.norm_eps), cache
+        run = jax.checkpoint(  # inside a scan of single layers XLA cannot undo it; between neighbours it could
+            run, policy=REMAT[compute.remat], prevent_cse=len(period) > 1 or repeats == 1, static_argnums=0
+        )
+
+    def body(carry: tuple[jax.Array, Cache | None], group: tuple[Params, jax.Array]) -> tuple[Any, Any]:
+        x_BLD, cache = carry
+        weights, numbers = group
+        leaves, structure = jax.tree.flatten(weights)
+        total = None
+        each = zip(*map(jnp.unstack, leaves), strict=True)
+        for layer, number, one in zip(period, jnp.unstack(numbers), each, strict=True):
+            slot = None if cache is None else LayerCache(cache, number)
+            x_BLD, slot, stats = run(layer, jax.tree.unflatten(structure, one), x_BLD, slot)
+            cache = None if slot is None else slot.cache
+            total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+        return (x_BLD, cache), total
+
+    numbers = jnp.arange(first, first + count).reshape(repeats, len(period))
+    unroll = max(1, min(compute.scan_unroll // len(period), repeats))
+    (x_BLD, cache), stats = jax.lax.scan(body, (x_BLD, cache), (jax.tree.map(grouped, layers), numbers), unroll=unroll)
+    return x_BLD, cache, jax.tree.map(lambda leaf: leaf.sum(axis=0), stats)
 
 
 def _stable_hash(name: str) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.decoder import Cache, Compute, DecoderConfig, Params, cached_hidden_states, empty_cache, head_kernel
+from models.decoder import Cache, Compute, DecoderConfig, Params, cached_hidden_states, empty_cache, head
 
 BLOCK = 16  # decode steps in one dispatch: the host looks at the tokens, and stops, this often
 BUCKET = 64  # prompts and caches are padded to multiples of this, so that few shapes are compiled
@@ -138,7 +138,7 @@ def _prefill(
         params, config, cache, tokens_BL=tokens_BL, positions_BL=positions_BL, compute=compute
     )
     last_BD = jnp.take_along_axis(hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    token_B = _draw(_logits(last_BD, params, config), key, lengths_B, sampling)
+    token_B = _draw(head(params, config).logits(last_BD), key, lengths_B, sampling)
     return _Rows(cache, token_B, lengths_B, key), token_B
 
 
@@ -154,15 +154,10 @@ def _decode(params, rows: _Rows, config: DecoderConfig, compute: Compute, sampli
             compute=compute,
         )
         position_B = rows.position_B + 1
-        token_B = _draw(_logits(hidden_BLD[:, 0], params, config), rows.key, position_B, sampling)
+        token_B = _draw(head(params, config).logits(hidden_BLD[:, 0]), rows.key, position_B, sampling)
         return _Rows(cache, token_B, position_B, rows.key), token_B
 
     return jax.lax.scan(one, rows, length=steps)
-
-
-def _logits(hidden_BD: jax.Array, params: Params, config: DecoderConfig) -> jax.Array:
-    head_VD = head_kernel(params, config).astype(hidden_BD.dtype)
-    return jnp.einsum("bd,vd->bv", hidden_BD, head_VD, preferred_element_type=jnp.float32)
 
 
 def _draw(logits_BV: jax.Array, key: jax.Array, position_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -43,6 +43,7 @@ class Flavour(NamedTuple):
     chunk: int
     label_smoothing: float
     detached_weight: bool
+    softcap: float | None
 
 
 def cross_entropy(
@@ -51,6 +52,8 @@ def cross_entropy(
     targets_BL: jax.Array,
     weights_BL: jax.Array,
     *,
+    bias_V: jax.Array | None = None,
+    softcap: float | None = None,
     chunk: int = 1024,
     label_smoothing: float = 0.0,
     detached_weight: bool = False,
@@ -58,44 +61,46 @@ def cross_entropy(
     """Weighted cross-entropy of every target, and what a training log shows beside it.
 
     Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained);
-    `chunk`, how many tokens of the batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is
+    the head's bias and the cap c of its logits, c tanh(logits / c), if it has them; `chunk`, how many tokens of the
+    batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is
     (1 - e) (-log p) + e mean_v(-log p_v); with `detached_weight` it is -p log p with the first p held fixed (DFT,
     arXiv:2508.05629, eq. 9), and e has no effect. Returns the loss in nats as a `Sum` over tokens, and `entropy` (nats)
     and `mean_token_accuracy` likewise; only the loss has a gradient.
     """
     count = weights_BL.sum()
-    flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight)
-    sums = _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, flavour)
+    flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight, softcap)
+    sums = _token_sums(hidden_BLD, (head_VD, bias_V), targets_BL, weights_BL, flavour)
     metrics = {"entropy": Sum(sums.entropy, count), "mean_token_accuracy": Sum(sums.correct, count)}
     return Sum(sums.loss, count), metrics
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _token_sums(hidden_BLD, head_VD, targets_BL, weights_BL, flavour) -> TokenSums:
-    sums, _, _ = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour, gradients=False)
+def _token_sums(hidden_BLD, head, targets_BL, weights_BL, flavour) -> TokenSums:
+    sums, _, _ = _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour, gradients=False)
     return sums
 
 
-def _forward(hidden_BLD, head_VD, targets_BL, weights_BL, flavour):
+def _forward(hidden_BLD, head, targets_BL, weights_BL, flavour):
     """Both gradients are formed while a chunk's logits are at hand: no second product with the vocabulary in the
     backward pass.
     """
-    sums, d_hidden_BLD, d_head_VD = _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour, gradients=True)
-    return sums, (d_hidden_BLD, d_head_VD)
+    sums, d_hidden_BLD, d_head = _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour, gradients=True)
+    return sums, (d_hidden_BLD, d_head)
 
 
 def _backward(flavour, kept, cotangent: TokenSums):
-    d_hidden_BLD, d_head_VD = kept
     scale = cotangent.loss  # entropy and accuracy are for the log: no gradient flows through them
-    return (d_hidden_BLD * scale.astype(d_hidden_BLD.dtype), d_head_VD * scale.astype(d_head_VD.dtype), None, None)
+    d_hidden_BLD, d_head = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), kept)
+    return d_hidden_BLD, d_head, None, None
 
 
 _token_sums.defvjp(_forward, _backward)
 
 
-def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour: Flavour, *, gradients: bool):
+def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradients: bool):
     """Go through the batch in chunks; returns the sums and, if asked, the gradients of their `loss`."""
     B, L, D = hidden_BLD.shape
+    head_VD, bias_V = head
     order_BL = jnp.argsort(weights_BL == 0, axis=1, stable=True)  # supervised tokens to the front of each row
     hidden_BLD = jnp.take_along_axis(hidden_BLD, order_BL[:, :, None], axis=1)
     columns = max(1, min(L, flavour.chunk // B))
@@ -111,39 +116,46 @@ def _sweep(hidden_BLD, head_VD, targets_BL, weights_BL, flavour: Flavour, *, gra
         cut(jnp.take_along_axis(weights_BL, order_BL, axis=1)),
     )
     head_cast_VD = head_VD.astype(hidden_BLD.dtype)
-    d_head_VD: Any = jnp.zeros_like(head_VD, dtype=jnp.float32) if gradients else None
+    wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
+    d_head: Any = jax.tree.map(wide, head) if gradients else None
 
     def body(carry, piece):
         return jax.lax.cond((piece[2] > 0).any(), live, dead, carry, piece)
 
     def live(carry, piece):
         hidden_TD, targets_T, weights_T = piece[0].reshape(-1, D), piece[1].reshape(-1), piece[2].reshape(-1)
-        sums, d_head_VD = carry
-        found, d_logits_TV = _chunk_sums(hidden_TD, head_cast_VD, targets_T, weights_T, flavour)
+        sums, d_head = carry
+        found, d_logits_TV = _chunk_sums(hidden_TD, (head_cast_VD, bias_V), targets_T, weights_T, flavour)
         sums = TokenSums(*(a + b for a, b in zip(sums, found, strict=True)))
         if not gradients:
             return (sums, None), None
+        d_bias_V = None if bias_V is None else d_head[1] + d_logits_TV.sum(axis=0)
         d_logits_TV = d_logits_TV.astype(hidden_TD.dtype)
         d_hidden_TD = d_logits_TV @ head_cast_VD
-        d_head_VD += jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
-        return (sums, d_head_VD), d_hidden_TD.reshape(piece[0].shape)
+        d_kernel_VD = jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
+        return (sums, (d_head[0] + d_kernel_VD, d_bias_V)), d_hidden_TD.reshape(piece[0].shape)
 
     def dead(carry, piece):
         return carry, jnp.zeros_like(piece[0]) if gradients else None
 
     zero = jnp.zeros((), jnp.float32)
-    (sums, d_head_VD), d_pieces = jax.lax.scan(body, (TokenSums(zero, zero, zero), d_head_VD), pieces)
+    (sums, d_head), d_pieces = jax.lax.scan(body, (TokenSums(zero, zero, zero), d_head), pieces)
     if not gradients:
         return sums, None, None
     d_sorted_BLD = jnp.moveaxis(d_pieces, 0, 1).reshape(B, steps * columns, D)[:, :L]
     back_BL = jnp.argsort(order_BL, axis=1)
     d_hidden_BLD = jnp.take_along_axis(d_sorted_BLD, back_BL[:, :, None], axis=1)
-    return sums, d_hidden_BLD, d_head_VD.astype(head_VD.dtype)
+    return sums, d_hidden_BLD, jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), d_head, head)
 
 
-def _chunk_sums(hidden_TD, head_VD, targets_T, weights_T, flavour: Flavour) -> tuple[TokenSums, jax.Array]:
+def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tuple[TokenSums, jax.Array]:
     """The sums of one chunk, and the gradient of its `loss` with respect to the logits [T, V], float32."""
+    (head_VD, bias_V), cap = head, flavour.softcap
     logits_TV = jnp.einsum("td,vd->tv", hidden_TD, head_VD, preferred_element_type=jnp.float32)
+    if bias_V is not None:
+        logits_TV += bias_V.astype(jnp.float32)[None, :]
+    if cap is not None:
+        logits_TV = cap * jnp.tanh(logits_TV / cap)
     logits_TV = constrain(logits_TV, ROWS, "tensor")
     shifted_TV = logits_TV - logits_TV.max(axis=-1)[:, None]
     exp_TV = jnp.exp(shifted_TV)
@@ -169,4 +181,6 @@ def _chunk_sums(hidden_TD, head_VD, targets_T, weights_T, flavour: Flavour) -> t
     )
     if smooth:
         d_logits_TV -= (weights_T * (smooth / head_VD.shape[0]))[:, None]
+    if cap is not None:
+        d_logits_TV *= 1 - jnp.square(logits_TV / cap)
     return sums, d_logits_TV

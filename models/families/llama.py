@@ -1,10 +1,14 @@
-"""Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM and SmolLM2, R1 distills on Llama: the plain pre-norm decoder with rotary
-positions.
+"""Llama 2, 3, 3.1 and 3.2, TinyLlama, SmolLM and SmolLM2, Falcon 3, R1 distills on Llama: the plain pre-norm decoder
+with rotary positions, of which most other families are variations.
 """
 
-from models.decoder import ACTIVATIONS, DecoderConfig
+from collections.abc import Sequence
+from typing import Any
+
+from models.activations import ACTIVATIONS
+from models.config import DecoderConfig, Layer
 from models.families import Fields
-from models.rope import rope_config
+from models.rope import Rope, rope_config
 
 WEIGHTS = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -32,30 +36,76 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def config(fields: Fields) -> DecoderConfig:
-    """The decoder of a `LlamaConfig`; defaults are transformers' own for fields that older files leave out."""
-    heads = fields["num_attention_heads"]
-    width = fields["hidden_size"]
-    head_width = fields.get("head_dim", width // heads)
+    """The decoder of a `LlamaConfig`."""
     fields.expect("pretraining_tp", 1)
-    fields.expect("attention_dropout", 0.0)
     fields.expect("rope_interleaved", False)
     bias = fields.get("attention_bias", False)
-    activation = fields.get("hidden_act", "silu")
-    fields.expect("hidden_act", *ACTIVATIONS)
+    return plain(fields, qkv_bias=bias, o_bias=bias, mlp_bias=fields.get("mlp_bias", False))
+
+
+def plain(
+    fields: Fields,
+    *,
+    each: Sequence[Layer] | None = None,
+    window: int | None = None,
+    eps: str = "rms_norm_eps",
+    act: str = "hidden_act",
+    tied: bool = False,
+    **switches: Any,
+) -> DecoderConfig:
+    """What nearly all families' files say in the same words, and the switches that make this one.
+
+    `each`: the layers, where they differ from one another or rotate otherwise than by default; else all have `window`.
+    `eps` and `act` name the fields of the norms' epsilon and of the activation; `tied` is transformers' default for
+    `tie_word_embeddings`. Defaults are transformers' own for fields that older files leave out.
+    """
+    fields.dropout("attention_dropout")
+    fields.expect(act, *ACTIVATIONS)
+    heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+    if each is None:
+        each = [Layer(window, rope(fields))] * layers
     return DecoderConfig(
         vocabulary=fields["vocab_size"],
-        width=width,
-        layers=fields["num_hidden_layers"],
+        width=fields["hidden_size"],
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", heads),
-        head_width=head_width,
+        head_width=head_width(fields),
         mlp_width=fields["intermediate_size"],
-        activation=activation,
-        norm_eps=fields["rms_norm_eps"],
-        rope=rope_config(fields, head_width=head_width),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=fields.get("mlp_bias", False),
-        tied_head=fields.get("tie_word_embeddings", False),
+        activation=fields.get(act, "silu"),
+        norm_eps=fields[eps],
+        tied_head=fields.get("tie_word_embeddings", tied),
         initializer_range=fields.get("initializer_range", 0.02),
+        each=tuple(each),
+        **switches,
     )
+
+
+def head_width(fields: Fields) -> int:
+    """The width of a head, by default so that all heads together are as wide as the stream."""
+    return fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+
+
+def rope(fields: Fields, **options: Any) -> Rope:
+    """The rotation that config.json asks for; options as for `rope_config`."""
+    return rope_config(fields, head_width=head_width(fields), **options)
+
+
+def sliding(fields: Fields, default: Sequence[bool]) -> list[bool]:
+    """Which layers slide, by `layer_types` of config.json, or by `default` where the file is older than that field."""
+    names = ("full_attention", "sliding_attention")
+    types = fields.get("layer_types", [names[slides] for slides in default])
+    layers = fields["num_hidden_layers"]
+    if len(types) != layers or not set(types) <= set(names):
+        raise ValueError(f"layer_types in config.json: {types} for {layers} layers; implemented: {', '.join(names)}")
+    return [kind == "sliding_attention" for kind in types]
+
+
+def all_but_every(fields: Fields, period: int) -> list[bool]:
+    """Layers that slide where the last of each `period` does not."""
+    return [bool((i + 1) % period) for i in range(fields["num_hidden_layers"])]
+
+
+def windows(fields: Fields, slides: Sequence[bool], **options: Any) -> list[Layer]:
+    """Layers of one rotation, of which some see `sliding_window` tokens only."""
+    window, rotation = fields.get("sliding_window", None), rope(fields, **options)
+    return [Layer(window if one else None, rotation) for one in slides]

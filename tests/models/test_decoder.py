@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from models.decoder import Compute, cached_hidden_states, empty_cache, head_kernel, hidden_states
+from models.decoder import Compute, cached_hidden_states, empty_cache, head, hidden_states
 from models.families import decoder_config
 from models.sharding import paths
 from models.weights import load_params
@@ -76,7 +76,7 @@ def _compiled(params, tokens, positions, segments, config, compute):
     hidden = hidden_states(
         params, config, tokens_BL=tokens, positions_BL=positions, segments_BL=segments, compute=compute
     )
-    return jnp.einsum("bld,vd->blv", hidden, head_kernel(params, config))
+    return head(params, config).logits(hidden)
 
 
 def reference_logits(reference: Any, tokens: np.ndarray, **kwargs: Any) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_a_cache_gives_what_the_whole_row_gives(tmp_path):
             positions_BL=positions[:, start:stop],
             compute=Compute(),
         )
-        pieces.append(jnp.einsum("bld,vd->blv", hidden, head_kernel(params, config)))
+        pieces.append(head(params, config).logits(hidden))
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=1e-5)
 
 
@@ -219,9 +219,8 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_bfloat16(tmp_path
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "not implemented yet: model_type 'mamba'"),
-        ({"attention_dropout": 0.1}, "not implemented yet: attention_dropout: 0.1"),
         ({"logit_scale": 3.0}, "fields that the 'llama' port does not know: logit_scale"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "not implemented yet: rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "not implemented yet: rope type 'axial'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope of type 'linear'.*factor"),
     ],
 )
@@ -230,6 +229,12 @@ def test_a_configuration_that_would_compute_something_else_is_refused(change, me
     decoder_config(plain)
     with pytest.raises(ValueError, match=message):
         decoder_config(plain | change)
+
+
+def test_dropout_that_a_file_asks_for_is_named_in_the_log_and_not_applied(caplog):
+    plain = LlamaConfig(**TINY).to_diff_dict() | {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 1e4}}
+    assert decoder_config(plain | {"attention_dropout": 0.1}) == decoder_config(plain)
+    assert "attention_dropout 0.1: dropout inside the model is not applied" in caplog.text
 
 
 @pytest.mark.parametrize("length", [8, 128, 512, 2048])

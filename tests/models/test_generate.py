@@ -102,7 +102,7 @@ def test_samples_follow_the_distribution(tiny):
     params, config = tiny
     rows = 4000
     drawn = generate(params, config, [[5, 6, 7]] * rows, max_new_tokens=1, stop_ids=(), temperature=0.7, seed=0)
-    from models.decoder import Compute, head_kernel, hidden_states
+    from models.decoder import Compute, head, hidden_states
 
     tokens = jnp.array([[5, 6, 7]], jnp.int32)
     hidden = hidden_states(
@@ -113,7 +113,7 @@ def test_samples_follow_the_distribution(tiny):
         segments_BL=jnp.ones_like(tokens),
         compute=Compute(),
     )
-    p = np.asarray(jax.nn.softmax(head_kernel(params, config) @ hidden[0, -1] / 0.7), np.float64)
+    p = np.asarray(jax.nn.softmax(head(params, config).logits(hidden[0, -1]) / 0.7), np.float64)
     found = np.bincount([answer[0] for answer in drawn], minlength=len(p)) / rows
     assert (np.abs(found - p) < 5 * np.sqrt(p * (1 - p) / rows) + 1e-3).all()
 

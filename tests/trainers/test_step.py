@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decoder import Compute, DecoderConfig, abstract_params, init_params
+from models.config import Compute, DecoderConfig, Layer
+from models.decoder import abstract_params, init_params
 from models.rope import Rope
 from models.sharding import make_mesh
 from trainers import optim
@@ -18,14 +19,13 @@ from trainers.step import Step, TrainState, build_step
 CONFIG = DecoderConfig(
     vocabulary=96,
     width=32,
-    layers=2,
     heads=4,
     kv_heads=2,
     head_width=8,
     mlp_width=48,
     activation="silu",
     norm_eps=1e-5,
-    rope=Rope(tuple(float(10000.0 ** -(i / 8)) for i in range(0, 8, 2))),
+    each=(Layer(None, Rope(tuple(float(10000.0 ** -(i / 8)) for i in range(0, 8, 2)))),) * 2,
     qkv_bias=True,
     o_bias=False,
     mlp_bias=False,

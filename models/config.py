@@ -1,0 +1,89 @@
+"""What a model is and how it is computed: two frozen, hashable records that every jitted function of a model is
+compiled for.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from models.rope import Rope
+
+
+class Layer(NamedTuple):
+    """What may differ from layer to layer: how many tokens back it looks, itself included (None: all), and how it
+    rotates positions (None: not at all).
+    """
+
+    window: int | None
+    rope: Rope | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What a checkpoint decides: the sizes, and below them switches that stand at the plain pre-norm decoder (Llama).
+
+    A family turns the switches that its model has; models/README.md lists who uses which.
+    """
+
+    vocabulary: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    activation: str  # a name of models.activations.ACTIVATIONS
+    norm_eps: float
+    tied_head: bool
+    initializer_range: float
+    each: tuple[Layer, ...]  # one for each layer
+
+    # Norms
+    norm: str = "rms"  # a name of models.layers.NORMS
+    norm_bias: bool = False
+    in_norms: bool = True  # attention and MLP read a normed stream
+    out_norms: bool = False  # what they add to the stream is normed
+    parallel: str = ""  # attention and MLP both read the stream before either adds: through "one norm" or "two norms"
+    # Attention
+    qkv_bias: bool = False
+    o_bias: bool = False
+    fused_qkv: str = ""  # one matrix for all three: "blocks" q | k | v, or "heads": q, k, v of head 0, of head 1, …
+    qk_norm: str = (
+        ""  # of queries and keys: over each "head", with a scale for each of the "heads", or over the "width"
+    )
+    qk_norm_bias: bool = False
+    sinks: bool = False  # each head may attend to nothing, at a learned score (arXiv:2309.17453)
+    attention_scale: float | None = None  # None: 1 / sqrt(head_width)
+    attention_softcap: float | None = None  # scores s become c tanh(s / c)
+    # MLP
+    gated: bool = True
+    fused_gate_up: bool = False  # one matrix for both: gate | up
+    mlp_bias: bool = False
+    experts: Any = None  # a models.moe.Experts: a mixture in the place of the MLP
+    # Stream and vocabulary
+    learned_positions: int = 0  # rows of a table of positions that is added to the embedding
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    head_bias: bool = False
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are."""
+        return len(self.each)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to compute, which no checkpoint decides: dtype of activations, attention backend, what to recompute, layers
+    in one scan step, the longest document of a row (None: the row may be one), beyond which nobody looks back, and how
+    an adapter acts (a models.lora.Lora).
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    scan_unroll: int = 1
+    longest_document: int | None = None
+    lora: Any = None
