@@ -67,7 +67,8 @@ def _order(keys_S: jax.Array) -> jax.Array:
     """What sorts the keys, equal ones as they stand. Of `jnp.argsort` jax 0.10.2 forgets inside of `jax.shard_map` that
     it differs from device to device, and gradients are then wrong without a word.
     """
-    return jax.lax.sort_key_val(*varying_alike(keys_S, jnp.arange(keys_S.size, dtype=keys_S.dtype)))[1]
+    keys_S, numbers_S = varying_alike(keys_S, jnp.arange(keys_S.size, dtype=keys_S.dtype))
+    return jax.lax.sort_key_val(keys_S, numbers_S)[1]
 
 
 def _gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
