@@ -65,23 +65,39 @@ GOLD_PARAMS: Table = {
 }
 
 PEFT: Table = {
-    "lora_r": no_effect(8, int, "rank", low=1),
-    "lora_alpha": no_effect(8, int, "the adapter is scaled by lora_alpha / lora_r"),
-    "lora_dropout": no_effect(0.0, float, "on the adapter's input", low=0, below=1),
-    "lora_target_modules": no_effect(None, list, "modules that get an adapter"),
-    "lora_target_modules_regex": no_effect(False, bool, "lora_target_modules are patterns"),
-    "lora_exclude_modules": no_effect(None, list, "modules that get none"),
-    "lora_target_parameters": no_effect(None, list, "parameters that get an adapter"),
-    "lora_modules_to_save": no_effect(None, list, "modules trained whole"),
-    "lora_bias": no_effect("none", ("none", "all", "lora_only"), "which biases are trained"),
-    "lora_init_weights": no_effect(
+    "lora_r": Key(8, int, "rank", low=1),
+    "lora_alpha": Key(8, int, "the adapter is scaled by lora_alpha / lora_r", low=1),
+    "lora_dropout": Key(0.0, float, "share of the adapter's input that is dropped", low=0, below=1),
+    "lora_target_modules": Key(
+        None,
+        list,
+        "ends of names of modules that get an adapter, as peft has them; null: queries and values",
+        words=("all-linear",),
+    ),
+    "lora_target_modules_regex": Key(False, bool, "lora_target_modules are regular expressions of whole names"),
+    "lora_exclude_modules": Key(None, list, "regular expressions of whole names that get none"),
+    "lora_target_parameters": later(None, list, "parameters that get an adapter"),
+    "lora_modules_to_save": Key(None, list, "ends of names of modules trained whole, and saved with the adapter"),
+    "lora_bias": Key("none", ("none", "all", "lora_only"), "which biases are trained", later=("all", "lora_only")),
+    "lora_init_weights": Key(
         "DEFAULT",
         ("DEFAULT", "RANDOM", "GAUSSIAN", "EVA", "PISA", "PISSA_NITER", "LOFTQ", "OLORA"),
-        "how adapters start",
+        "how adapters begin: A uniform or normal (GAUSSIAN) and B zero, or both uniform (RANDOM)",
+        later=("EVA", "PISA", "PISSA_NITER", "LOFTQ", "OLORA"),
     ),
-    "lora_task_type": no_effect("CAUSAL_LM", str, "kind of model"),
-    "peft_save_mode": no_effect(
-        "ADAPTER_ONLY", ("ADAPTER_ONLY", "ADAPTER_AND_BASE_MODEL", "MERGED"), "what is exported"
+    "lora_task_type": Key(
+        "CAUSAL_LM",
+        ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+        "kind of model",
+        later=("SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+    ),
+    "use_rslora": Key(False, bool, "ours: the adapter is scaled by lora_alpha / sqrt(lora_r), arXiv:2312.03732"),
+    "use_dora": Key(False, bool, "ours: magnitudes of the adapted columns are trained apart, arXiv:2402.09353"),
+    "peft_save_mode": Key(
+        "ADAPTER_ONLY",
+        ("ADAPTER_ONLY", "ADAPTER_AND_BASE_MODEL", "MERGED"),
+        "what is exported: the adapter, or the model with it merged in and the adapter in the folder adapter",
+        later=("ADAPTER_AND_BASE_MODEL",),
     ),
     "q_lora": later(False, bool, "keep the model's own weights in few bits"),
     "q_lora_bits": no_effect(4, int, "how few"),

@@ -134,6 +134,17 @@ def _rewards(config: Any) -> Lines:
         yield "training.reward_functions", f"needs training.trainer_type {' or '.join(GRPO)}"
 
 
+def _pretrained_base(config: Any) -> Lines:
+    model = config.model
+    for path, given in (
+        ("training.use_peft", config.training.use_peft),
+        ("model.adapter_model", model.adapter_model),
+        ("model.freeze_layers", model.freeze_layers),
+    ):
+        if given and not model.load_pretrained_weights:
+            yield path, "keeps weights as they are in the model's files; set model.load_pretrained_weights: true"
+
+
 def _mesh(config: Any) -> Lines:
     sizes = {axis: size for axis, size in config.mesh.items() if size is not None}
     for axis, size in sizes.items():
@@ -157,6 +168,7 @@ RULES = (
     Rule(("model.model_max_length", "training.trainer_kwargs.max_length"), _length_to_pack),
     Rule(("training.trainer_kwargs.loss_type", "training.trainer_kwargs.label_smoothing_factor"), _smoothing),
     Rule(("training.reward_functions", "training.trainer_type"), _rewards),
+    Rule(("training.use_peft", "model.freeze_layers", "model.load_pretrained_weights"), _pretrained_base),
     Rule(tuple(f"mesh.{axis}" for axis in AXES), _mesh),
 )
 
@@ -182,4 +194,9 @@ def _clean_name(config: Any, origin: dict[str, str]) -> Lines:
         yield "training.run_name", f"is written {run_name(config)}"
 
 
-REMARKS = (_length_gives_way, _ratio_gives_way, _epoch_gives_way, _clean_name)
+def _adapter_asked_for(config: Any, origin: dict[str, str]) -> Lines:
+    if not config.training.use_peft and (idle := sorted(path for path in origin if path.startswith("peft."))):
+        yield ", ".join(idle), "no effect without training.use_peft"
+
+
+REMARKS = (_adapter_asked_for, _length_gives_way, _ratio_gives_way, _epoch_gives_way, _clean_name)

@@ -14,9 +14,12 @@ from ml_collections import ConfigDict
 
 from configs import derived
 from input_pipeline.tokenizer import load_tokenizer
+from launch.adapt import find_model, tokenizer_folder, what_trains
 from models import hub, weights
+from models.adapter import abstract_trained, join_adapter, load_adapter
 from models.decoder import Compute, DecoderConfig, Params, abstract_params, init_params
 from models.families import decoder_config
+from models.lora import Lora, Parts, abstract_adapter, init_adapter, merged, split
 from models.sharding import make_mesh, parameter_shardings, paths
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,21 @@ class Model(NamedTuple):
     config: DecoderConfig
     dtype: Any
     tokenizer: Any
+    base: str  # its name, for an adapter that belongs to it
+    adapter: Path | None  # the folder of an adapter that the run starts from
+    lora: Lora | None  # the adapter that is trained
+    trained: frozenset[str]  # paths of its own leaves that are
+
+
+class Count(NamedTuple):
+    """Parameters: all that there are, those that are trained, and of either those that take part in matrix products
+    (an embedding that is no head is only looked up).
+    """
+
+    total: int
+    trained: int
+    trained_products: int
+    frozen_products: int
 
 
 def prepare_devices(config: ConfigDict) -> Mesh:
@@ -44,13 +62,14 @@ def prepare_devices(config: ConfigDict) -> Mesh:
 def open_model(config: ConfigDict) -> Model:
     """Find the model and read its configuration and tokenizer, no weights; ValueError says what does not fit."""
     model = config.model
-    folder = hub.resolve(model.model_name, revision=model.model_revision, weights=model.load_pretrained_weights)
+    named = find_model(model)
+    folder = hub.resolve(named.base, revision=model.model_revision, weights=model.load_pretrained_weights)
     hf_config = _read(folder / "config.json") | _changes(folder, dict(model.model_kwargs))
     tokenizer = load_tokenizer(
-        model.tokenizer_name or str(folder),
+        model.tokenizer_name or str(tokenizer_folder(named, folder)),
         chat_template=model.chat_template,
         pad_token=model.tokenizer_pad_token,
-        revision=model.model_revision if model.tokenizer_name is None and not Path(model.model_name).is_dir() else None,
+        revision=model.model_revision if model.tokenizer_name is None and not Path(named.base).is_dir() else None,
         **dict(model.tokenizer_kwargs),
     )
     decoder = decoder_config(hf_config)
@@ -61,7 +80,19 @@ def open_model(config: ConfigDict) -> Model:
         )
     generation = folder / "generation_config.json"
     dtype = _dtype(model.torch_dtype_str, hf_config, folder, read=model.load_pretrained_weights)
-    return Model(folder, hf_config, _read(generation) if generation.is_file() else None, decoder, dtype, tokenizer)
+    lora, trained = what_trains(config, decoder, hf_config, adapter=named.adapter)
+    return Model(
+        folder=folder,
+        hf_config=hf_config,
+        generation_config=_read(generation) if generation.is_file() else None,
+        config=decoder,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        base=named.base,
+        adapter=named.adapter,
+        lora=lora,
+        trained=trained,
+    )
 
 
 def load_weights(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Params:
@@ -74,6 +105,35 @@ def load_weights(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Pa
     return draw(jax.random.key(seed))
 
 
+def load_parts(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Parts:
+    """What is trained, as it begins, and what is frozen; an adapter that is not trained is merged into the model."""
+    own = load_weights(model, mesh, pretrained=pretrained, seed=seed)
+    if model.adapter is not None and model.lora is None:
+        own = join_adapter(model.adapter, own, model.config, model.hf_config, mesh=mesh)
+    parts = split(own, model.trained)
+    if model.lora is None:
+        return parts
+    if model.adapter is not None:
+        lora = model.lora
+        begun = load_adapter(model.adapter, lora, model.config, model.hf_config, mesh=mesh, dtype=model.dtype)
+        return parts._replace(trained=begun)
+    return parts._replace(trained=merged(_new_adapter(model.lora, own, mesh, seed), parts.trained))
+
+
+def _new_adapter(lora: Lora, own: Params, mesh: Mesh, seed: int) -> Params:
+    places = parameter_shardings(abstract_adapter(own, lora), mesh)
+    draw = jax.jit(lambda key, own: init_adapter(key, own, lora), out_shardings=places)
+    return draw(jax.random.key(seed), own)
+
+
+def abstract_parts(model: Model) -> Parts:
+    """The trees of `load_parts` as `jax.ShapeDtypeStruct`s."""
+    parts = split(abstract_params(model.config, dtype=model.dtype), model.trained)
+    if model.lora is None:
+        return parts
+    return parts._replace(trained=abstract_trained(model.lora, model.config, dtype=model.dtype))
+
+
 def compute_of(config: ConfigDict, model: Model, *, longest_document: int | None) -> Compute:
     """How to compute: dtype, attention, what is recomputed, layers in one scan step, how far back attention reaches."""
     return Compute(
@@ -82,22 +142,36 @@ def compute_of(config: ConfigDict, model: Model, *, longest_document: int | None
         remat=derived.remat_policy(config),
         scan_unroll=min(config.training.scan_unroll, model.config.layers),
         longest_document=longest_document,
+        lora=model.lora,
     )
 
 
-def parameter_count(model: Model) -> tuple[int, int]:
-    """All parameters, and those that take part in matrix products (an embedding that is no head is only looked up)."""
-    sizes = {path: leaf.size for path, leaf in paths(abstract_params(model.config, dtype=model.dtype)).items()}
-    total = sum(sizes.values())
-    return total, total - (0 if model.config.tied_head else sizes["embed/embedding"])
+def parameter_count(model: Model) -> Count:
+    """How many parameters there are, and how many of them are trained."""
+    looked_up = {"positions/embedding"} | (set() if model.config.tied_head else {"embed/embedding"})
+    mixture = model.config.experts
+
+    def product(path: str, size: int) -> int:
+        """How many of a leaf's numbers a token is multiplied with: of the experts those that it goes to."""
+        routed = mixture is not None and path.startswith("layers/moe/experts/")
+        return 0 if path in looked_up else size * mixture.per_token // mixture.count if routed else size
+
+    def sizes(part: Params | None) -> tuple[int, int]:
+        leaves = {} if part is None else {path: leaf.size for path, leaf in paths(part).items()}
+        return sum(leaves.values()), sum(product(path, size) for path, size in leaves.items())
+
+    (trained, in_products), (frozen, frozen_in_products) = map(sizes, abstract_parts(model))
+    return Count(trained + frozen, trained, in_products, frozen_in_products)
 
 
 def summary(model: Model, mesh: Mesh) -> str:
-    """Every parameter: its path, shape, dtype, and how it is split over the mesh."""
-    abstract = abstract_params(model.config, dtype=model.dtype)
+    """Every parameter: its path, shape, dtype, how it is split over the mesh, and whether it is frozen."""
+    parts = abstract_parts(model)
+    abstract, trained = merged(*parts), paths(parts.trained)
     places = paths(parameter_shardings(abstract, mesh))
     lines = [
-        f"  {path:36} {leaf.shape!s:24} {leaf.dtype} {places[path].spec}" for path, leaf in paths(abstract).items()
+        f"  {path:36} {leaf.shape!s:24} {leaf.dtype} {places[path].spec}{'' if path in trained else ' frozen'}"
+        for path, leaf in paths(abstract).items()
     ]
     return "\n".join(["Parameters", *lines])
 

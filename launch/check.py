@@ -14,7 +14,6 @@ from input_pipeline.pipeline import Feed
 from launch import assemble
 from launch.assemble import Model
 from launch.train import learning_rate_of, rows_per_step, schedule_of, step_of, train_data, validation_data
-from models.decoder import abstract_params
 from models.sharding import parameter_shardings
 from models.weights import check_weights
 
@@ -36,9 +35,10 @@ def run(loaded: Loaded) -> None:
     plan = schedule_of(config, feed)
     learning_rate = learning_rate_of(config, plan.steps)
     counts, needed = feed.counts, memory(config, mesh, model, feed, learning_rate)
-    total, _ = assemble.parameter_count(model)
+    count = assemble.parameter_count(model)
+    share = "" if count.trained == count.total else f", {count.trained:,} of them trained"
     found = [
-        ("model", f"{model.folder}, {total:,} parameters in {model.dtype.name}"),
+        ("model", f"{model.folder}, {count.total:,} parameters in {model.dtype.name}{share}"),
         ("devices", f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {_split(mesh)}"),
         (
             "data",
@@ -60,9 +60,10 @@ def run(loaded: Loaded) -> None:
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
     """Bytes a device, by kind. Exact for what lies there between steps; activations by a formula, good to some 30 %."""
     step = step_of(config, model, mesh, learning_rate, longest_document=feed.longest_document)
-    abstract = abstract_params(model.config, dtype=model.dtype)
-    params = _bytes(abstract, parameter_shardings(abstract, mesh))
-    state = jax.eval_shape(step.init.jitted, abstract)  # type: ignore[attr-defined]
+    trained, frozen = assemble.abstract_parts(model)
+    params = _bytes(trained, parameter_shardings(trained, mesh))
+    kept_as_is = 0.0 if frozen is None else _bytes(frozen, parameter_shardings(frozen, mesh))
+    state = jax.eval_shape(step.init.jitted, trained)  # type: ignore[attr-defined]
     moments = _bytes(state.opt_state, step.shardings.opt_state)
     compute = assemble.compute_of(config, model, longest_document=feed.longest_document)
     accumulating = config.training.gradient_accumulation_steps > 1
@@ -73,7 +74,7 @@ def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_ra
     kept = {"none": whole, "dots": whole / 2, "full": width * c.width}[compute.remat]
     activations = tokens * (c.layers * kept + (whole if compute.remat != "none" else 0)) + 1024 * c.vocabulary * 12
     parts = [
-        ("parameters", params),
+        ("parameters", params + kept_as_is),
         ("optimizer", moments),
         ("gradients", gradients),
         ("activations, about", activations),

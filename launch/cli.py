@@ -117,16 +117,21 @@ def generate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder checkpoint-N of a run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A folder checkpoint-N of a run, or a folder with an adapter.")],
     folder: Annotated[Path, typer.Argument(help="Where the model is written.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; default: that of the run's own export.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a run that trained an adapter: the whole model, with it merged in.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint's model as a folder that transformers and vLLM load."""
+    """Write a checkpoint's model as a folder that transformers and vLLM load, or its adapter as one that peft loads; of
+    a folder with an adapter, the model with it merged in.
+    """
     from launch.export import run
 
-    run(checkpoint, folder, dtype=dtype)
+    run(checkpoint, folder, dtype=dtype, merge=merge)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from input_pipeline.catalog import Entry, open_dataset
 from input_pipeline.examples import Chat, RowError
 from input_pipeline.template import Template
 from launch.assemble import Model
-from models.decoder import Params
+from models.decoder import Compute, Params
 from models.generate import generate, stop_ids_of
 from trainers.report import Sample
 
@@ -45,7 +45,8 @@ def sample_answers(config: ConfigDict, model: Model, *, after: Params, before: C
 
 def _answers(model: Model, params: Params, prompts: list[list[int]]) -> list[str]:
     stop_ids = stop_ids_of(model.generation_config or {}, model.tokenizer)
-    ids = generate(params, model.config, prompts, max_new_tokens=LONGEST_ANSWER, stop_ids=stop_ids)
+    compute = Compute(dtype=params["embed"]["embedding"].dtype, lora=model.lora)
+    ids = generate(params, model.config, prompts, max_new_tokens=LONGEST_ANSWER, stop_ids=stop_ids, compute=compute)
     return [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from input_pipeline.tokenizer import load_tokenizer
+from launch.adapt import Named, tokenizer_folder
 from models import hub, weights
+from models.adapter import base_of, find_adapter, join_adapter
 from models.decoder import DecoderConfig, Params, abstract_params
 from models.families import decoder_config
 from models.generate import generate as generate_ids
@@ -46,17 +48,22 @@ class Talker(NamedTuple):
 
 def open_talker(name: str) -> Talker:
     """Load a model folder (or hub name) with all its weights, in the dtype they are stored in, on the devices there
-    are.
+    are; an adapter's folder is the model it belongs to with the adapter merged in.
     """
-    folder = hub.resolve(name)
+    adapter = find_adapter(name)
+    named = Named(name if adapter is None else base_of(adapter), adapter)
+    folder = hub.resolve(named.base)
     hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = decoder_config(hf_config)
     dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
     if jax.default_backend() == "cpu":
         dtype = jnp.dtype("float32")  # CPUs compute bfloat16 by way of float32, much slower
-    shardings = parameter_shardings(abstract_params(config, dtype=dtype), make_mesh({"fsdp": -1}))
+    mesh = make_mesh({"fsdp": -1})
+    shardings = parameter_shardings(abstract_params(config, dtype=dtype), mesh)
     params = weights.load_params(folder, config, shardings=shardings, dtype=dtype)
-    tokenizer = load_tokenizer(str(folder))
+    if adapter is not None:
+        params = join_adapter(adapter, params, config, hf_config, mesh=mesh)
+    tokenizer = load_tokenizer(str(tokenizer_folder(named, folder)))
     return Talker(params, config, tokenizer, stop_ids_of(_generation_config(folder), tokenizer))
 
 

@@ -1,5 +1,6 @@
 """`einkorn train`: put a run together from its configuration, train, and leave a model that transformers loads."""
 
+import dataclasses
 import io
 import logging
 import time
@@ -19,9 +20,10 @@ from input_pipeline.pipeline import Feed, eval_feed, train_feed
 from input_pipeline.reading import read_data
 from launch import assemble, distributed
 from launch.assemble import Model
+from launch.export import Described, write_adapter, write_model
 from launch.samples import sample_answers
-from models import weights
-from models.decoder import abstract_params
+from models.decoder import Params
+from models.lora import Parts, merged
 from models.sharding import replicas
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
@@ -63,9 +65,11 @@ def _train(
     step = step_of(config, model, mesh, learning_rate, longest_document=longest_document(feed, validation))
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
     if resumed is None:
-        state, meta = step.init(first_weights(config, model, mesh)), dict[str, Any]()
+        trained, frozen = first_weights(config, model, mesh)
+        state, meta = step.init(trained), dict[str, Any]()
     else:
         state, meta = resumed
+        frozen = None if assemble.abstract_parts(model).frozen is None else first_weights(config, model, mesh).frozen
     start = int(state.step)
     with (
         Metrics(
@@ -84,7 +88,7 @@ def _train(
             progress.note(_examples(config, model))
         parts = Run(
             step=step,
-            frozen=None,
+            frozen=frozen,
             mesh=mesh,
             batches=feed.batches,
             schedule=plan,
@@ -103,6 +107,8 @@ def _train(
                     "hf_config": model.hf_config,
                     "dtype": model.dtype.name,
                     "chat_template": config.model.chat_template,
+                    "base": model.base,
+                    "lora": None if model.lora is None else dataclasses.asdict(model.lora),
                 },
             },
             tokens_seen=int(meta.get("tokens_seen", 0)),
@@ -119,11 +125,13 @@ def _train(
                 saved_steps=checkpoints.steps(),
             )
         )
-        if training.save_final_model:
-            export(folder, state.params, model)
-        params = state.params
+        parts_now = Parts(state.params, frozen)
         del state
-        samples = sample_answers(config, model, after=params, before=lambda: first_weights(config, model, mesh))
+        if training.save_final_model:
+            export(folder, parts_now, model, mode=config.peft.peft_save_mode)
+        samples = sample_answers(
+            config, model, after=merged(*parts_now), before=lambda: _at_first(config, model, mesh, frozen)
+        )
         report = _report(config, model, feed, samples, folder) if jax.process_index() == 0 else None
         progress.note(
             final_block(
@@ -196,11 +204,17 @@ def learning_rate_of(config: ConfigDict, steps: int) -> Callable[[Any], Any]:
     )
 
 
-def first_weights(config: ConfigDict, model: Model, mesh: Mesh) -> Any:
-    """The parameters that training starts from."""
-    return assemble.load_weights(
-        model, mesh, pretrained=config.model.load_pretrained_weights, seed=config.training.seed
-    )
+def first_weights(config: ConfigDict, model: Model, mesh: Mesh) -> Parts:
+    """The parameters that training starts from, and those that are frozen."""
+    return assemble.load_parts(model, mesh, pretrained=config.model.load_pretrained_weights, seed=config.training.seed)
+
+
+def _at_first(config: ConfigDict, model: Model, mesh: Mesh, frozen: Params | None) -> Params:
+    """The whole model as training found it; where a new adapter is all that is trained, that is what is frozen."""
+    lora = model.lora
+    if frozen is not None and lora and not lora.whole and model.adapter is None and lora.init != "random":
+        return frozen
+    return merged(*first_weights(config, model, mesh))
 
 
 def longest_document(feed: Feed, validation: Feed | None) -> int:
@@ -227,21 +241,36 @@ def step_of(
         kind=training.trainer_kwargs.loss_type,
         label_smoothing=training.trainer_kwargs.label_smoothing_factor,
     )
-    abstract = abstract_params(model.config, dtype=model.dtype)
-    return build_step(loss, optimizer, abstract, mesh=mesh, max_grad_norm=training.max_grad_norm)
+    trained, frozen = assemble.abstract_parts(model)
+    random = model.lora is not None and model.lora.dropout > 0
+    return build_step(
+        loss,
+        optimizer,
+        trained,
+        mesh=mesh,
+        max_grad_norm=training.max_grad_norm,
+        frozen=frozen,
+        seed=training.seed if random else None,
+    )
 
 
-def export(folder: Path, params: Any, model: Model) -> None:
-    """Write the model and its tokenizer to `folder`, as transformers and vLLM load them."""
-    weights.save_folder(
-        folder,
-        params,
-        model.config,
+def export(folder: Path, parts: Parts, model: Model, *, mode: str) -> None:
+    """Write what the run made to `folder`: a model, or an adapter; or, where `mode` is MERGED, the model with the
+    adapter merged in, and the adapter in the folder `adapter` there.
+    """
+    about = Described(
+        config=model.config,
         hf_config=model.hf_config,
         dtype=model.dtype,
+        lora=model.lora,
+        base=model.base,
         tokenizer=model.tokenizer,
         generation_config=model.generation_config,
     )
+    if model.lora is None or mode == "MERGED":
+        write_model(folder, parts, about)
+    if model.lora is not None:
+        write_adapter(folder / "adapter" if mode == "MERGED" else folder, parts.trained, about)
 
 
 class _Resumed(NamedTuple):
@@ -270,7 +299,7 @@ def _resume(
         how_to_allow="pass --allow-config-change",
     ):
         log.warning("since the checkpoint: %s", line)
-    abstract = jax.eval_shape(step.init.jitted, abstract_params(model.config, dtype=model.dtype))  # type: ignore[attr-defined]
+    abstract = jax.eval_shape(step.init.jitted, assemble.abstract_parts(model).trained)  # type: ignore[attr-defined]
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, step.shardings
     )
@@ -320,9 +349,10 @@ def masking(config: ConfigDict) -> dict[str, Any]:
 
 
 def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> Throughput:
-    _, in_products = assemble.parameter_count(model)
+    count = assemble.parameter_count(model)
     flops = flops_per_token(
-        trained=in_products,
+        trained=count.trained_products,
+        frozen=count.frozen_products,
         layers=model.config.layers,
         heads=model.config.heads,
         head_dim=model.config.head_width,
@@ -340,8 +370,7 @@ def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> 
 
 def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: Schedule, start: int) -> str:
     """What the log begins with."""
-    total, _ = assemble.parameter_count(model)
-    counts = feed.counts
+    parameters, counts = assemble.parameter_count(model), feed.counts
     data = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
     refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
     data += "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
@@ -352,8 +381,8 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
         devices=mesh.size,
         processes=jax.process_count(),
         mesh=mesh.shape,
-        parameters=total,
-        trained=total,
+        parameters=parameters.total,
+        trained=parameters.trained,
         rows_per_step=rows_per_step(config, mesh),
         row_length=feed.longest,
         total_steps=plan.steps,
@@ -377,7 +406,7 @@ def _examples(config: ConfigDict, model: Model) -> str:
 
 def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample], folder: Path) -> Path:
     """The page that shows what the run did; reported beside the model."""
-    total, _ = assemble.parameter_count(model)
+    total = assemble.parameter_count(model).total
     return write_report(
         folder,
         title=derived.run_name(config) or f"{config.training.trainer_type} of {Path(config.model.model_name).name}",

@@ -4,9 +4,12 @@ computes).
 
 from typing import Any
 
-from models.decoder import Compute, DecoderConfig, head_kernel, hidden_states
-from trainers.losses import Sum, cross_entropy
-from trainers.step import Batch, Loss, Params
+import jax
+
+from models.decoder import Compute, DecoderConfig, head, hidden_states
+from models.lora import merged, with_dropout
+from trainers.losses import cross_entropy
+from trainers.step import Batch, Loss, Params, Sums
 
 
 def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", label_smoothing: float = 0.0) -> Loss:
@@ -17,7 +20,10 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
     `label_smoothing` mixes in the mean over the vocabulary, as transformers' LabelSmoother; it has no effect on "dft".
     """
 
-    def loss(params: Params, frozen: Any, batch: Batch) -> tuple[Sum, dict[str, Sum]]:
+    def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array | None = None) -> Sums:
+        params = merged(params, frozen)
+        if key is not None and compute.lora is not None and compute.lora.dropout:
+            params = with_dropout(params, compute.lora, key)
         hidden_BLD = hidden_states(
             params,
             config,
@@ -26,11 +32,14 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
             segments_BL=batch["segments"],
             compute=compute,
         )
+        out = head(params, config)
         return cross_entropy(
             hidden_BLD,
-            head_kernel(params, config),
+            out.kernel_VD,
             batch["targets"],
             batch["weights"],
+            bias_V=out.bias_V,
+            softcap=out.softcap,
             detached_weight=kind == "dft",
             label_smoothing=label_smoothing,
         )

@@ -18,6 +18,7 @@ from trainers.optim import Optimizer, clip_scale, global_norm, state_shardings
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
+Sums = tuple[Sum, dict[str, Sum]]
 
 
 class TrainState(NamedTuple):
@@ -30,11 +31,11 @@ class TrainState(NamedTuple):
 
 
 class Loss(Protocol):
-    """What a method brings: `loss(params, frozen, microbatch)` of arrays [B, L] → the loss as a `Sum`, and others for
-    the log.
+    """What a method brings: `loss(params, frozen, microbatch, key)` of arrays [B, L] → the loss as a `Sum`, and others
+    for the log. `key` is for what is random in training, such as dropout, and None in evaluation.
     """
 
-    def __call__(self, params: Params, frozen: Any, batch: Batch, /) -> tuple[Sum, dict[str, Sum]]: ...
+    def __call__(self, params: Params, frozen: Any, batch: Batch, key: jax.Array | None = None, /) -> Sums: ...
 
 
 class Step(NamedTuple):
@@ -59,9 +60,11 @@ def build_step(
     mesh: Mesh,
     max_grad_norm: float | None,
     frozen: Any = None,
+    seed: int | None = None,
 ) -> Step:
     """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not
-    trained.
+    trained: no gradient of it is formed, and no optimizer state. A loss that is random gets a key drawn from `seed`,
+    the step and the microbatch; without a seed it gets None.
     """
     everywhere = NamedSharding(mesh, P())
     param_shardings = parameter_shardings(abstract_params, mesh)
@@ -78,7 +81,8 @@ def build_step(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool))
 
     def train(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, others, grads = _accumulate(loss, state.params, frozen, batch)
+        key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
+        total, others, grads = _accumulate(loss, state.params, frozen, batch, key)
         count = jnp.maximum(total.count, 1.0)
         norm = global_norm(grads) / count
         ok = jnp.isfinite(total.total) & jnp.isfinite(norm) & ~state.halted
@@ -91,11 +95,11 @@ def build_step(
 
     def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Sum]:
         def one(sums: dict[str, Sum], micro: Batch) -> tuple[dict[str, Sum], None]:
-            total, others = loss(params, frozen, micro)
+            total, others = loss(params, frozen, micro, None)
             return jax.tree.map(jnp.add, sums, {"loss": total, **others}), None
 
         first, rest = _split(batch)
-        total, others = loss(params, frozen, first)
+        total, others = loss(params, frozen, first, None)
         sums, _ = jax.lax.scan(one, {"loss": total, **others}, rest)
         return sums
 
@@ -118,27 +122,30 @@ def build_step(
     )
 
 
-def _accumulate(loss: Loss, params: Params, frozen: Any, batch: Batch) -> tuple[Sum, dict[str, Sum], Params]:
+def _accumulate(
+    loss: Loss, params: Params, frozen: Any, batch: Batch, key: jax.Array | None
+) -> tuple[Sum, dict[str, Sum], Params]:
     """The sums and the gradient of the undivided total over all microbatches; gradients add up in float32."""
 
-    def value_and_grads(micro: Batch) -> tuple[Sum, dict[str, Sum], Params]:
-        def objective(params: Params) -> tuple[jax.Array, tuple[Sum, dict[str, Sum]]]:
-            total, others = loss(params, frozen, micro)
+    def value_and_grads(micro: Batch, key: jax.Array | None) -> tuple[Sum, dict[str, Sum], Params]:
+        def objective(params: Params) -> tuple[jax.Array, Sums]:
+            total, others = loss(params, frozen, micro, key)
             return total.total, (total, others)
 
         grads, (total, others) = jax.grad(objective, has_aux=True)(params)
         return total, others, grads
 
-    def one(sums: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, value_and_grads(micro)), None
+    def one(sums: Any, micro: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, value_and_grads(*micro)), None
 
     first, rest = _split(batch)
-    sums = value_and_grads(first)
+    keys = None if key is None else jax.random.split(key, batch["tokens"].shape[0])
+    sums = value_and_grads(first, None if keys is None else keys[0])
     if rest["tokens"].shape[0] == 0:
         return sums
     total, others, grads = sums
     wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    return jax.lax.scan(one, (total, others, wide), rest)[0]
+    return jax.lax.scan(one, (total, others, wide), (rest, None if keys is None else keys[1:]))[0]
 
 
 def _split(batch: Batch) -> tuple[Batch, Batch]:

@@ -189,7 +189,6 @@ def test_the_page_on_sft_loads_as_written(source):
         (
             VISION,
             [
-                "not implemented yet: model.freeze_layers: [vision_encoder]",
                 "not implemented yet: data.train.collator_name: vision_language_with_padding",
             ],
         ),
