@@ -19,6 +19,7 @@ from models.attention import Where
 from models.config import Compute, DecoderConfig, Layer
 from models.layers import NORMS, Block, Cache, LayerCache, Road, normed
 from models.moe import RouterStats
+from models.quantized import SCALE, VALUES
 from models.rope import document_lengths
 from models.sharding import ROWS, constrain, paths
 
@@ -51,13 +52,18 @@ class Head(NamedTuple):
 
 @functools.cache
 def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> tuple[nnx.GraphDef, Any]:
-    """The graph of one layer and its abstract parameters; `added` are leaves by path that only an adapter has."""
+    """The graph of one layer and its abstract parameters; `added` are leaves by path that only an adapter has, or a
+    quantised kernel, which then has no other.
+    """
 
     def build() -> Block:
         block = Block(config)
         for path, shape in added:
             *modules, leaf = path.split("/")
-            setattr(functools.reduce(getattr, modules, block), leaf, nnx.Param(jnp.zeros(shape)))
+            module = functools.reduce(getattr, modules, block)
+            setattr(module, leaf, nnx.Param(jnp.zeros(shape)))
+            if leaf == VALUES:
+                del module.kernel
         return block
 
     graph, state = nnx.split(nnx.eval_shape(build))
@@ -182,9 +188,8 @@ def _run(
     )
     x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
-    # Keys of an adapter's dropout are integers.
-    layers = jax.tree.map(
-        lambda leaf: leaf.astype(compute.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params["layers"]
+    layers = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _cast(path[-1].key, leaf, compute.dtype), params["layers"]
     )
     total: RouterStats | None = None
     for first, repeats, period in periods(config.each):
@@ -192,6 +197,12 @@ def _run(
         total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     x_BLD = normed(x_BLD, params["norm"]["scale"], params["norm"].get("bias"), config)
     return x_BLD if config.logit_scale == 1.0 else x_BLD * config.logit_scale, cache, total
+
+
+def _cast(name: str, leaf: jax.Array, dtype: Any) -> jax.Array:
+    """A leaf in the dtype of the activations; a quantised kernel stays, and so do the keys of an adapter's dropout."""
+    stays = name in (VALUES, SCALE) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf if stays else leaf.astype(dtype)
 
 
 def _embedded(

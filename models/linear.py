@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.lora import Lora, column_norms, dropped
+from models.quantized import dequantise
 
 
 class Linear(nnx.Module):
@@ -17,8 +18,12 @@ class Linear(nnx.Module):
 
     Shapes alone matter here: modules are built abstractly, their values come from files or from
     `models.decoder.init_params`. Where the parameter tree has leaves of an adapter beside the kernel (models/lora.py),
-    the decoder gives the module attributes of these names, and its product is the adapted one.
+    the decoder gives the module attributes of these names, and its product is the adapted one. Where the kernel is
+    quantised (models/quantized.py), the two leaves that stand for it are there in its place.
     """
+
+    kernel_values: nnx.Param
+    kernel_scale: nnx.Param
 
     lora_a: nnx.Param
     lora_b: nnx.Param
@@ -30,11 +35,16 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
     def __call__(self, x_BLD: jax.Array, lora: Lora | None = None) -> jax.Array:
-        out_BLF = matrix_product(x_BLD, self.kernel[...])
+        out_BLF = matrix_product(x_BLD, self._kernel(x_BLD.dtype))
         if hasattr(self, "lora_a"):
             assert lora is not None, "an adapter without its settings: set Compute.lora"
             out_BLF = self._adapted(x_BLD, out_BLF, lora)
         return out_BLF if self.bias is None else out_BLF + self.bias[...][None, None, :]
+
+    def _kernel(self, dtype: Any) -> jax.Array:
+        if hasattr(self, "kernel_values"):
+            return dequantise(self.kernel_values[...], self.kernel_scale[...]).astype(dtype)
+        return self.kernel[...]
 
     def _adapted(self, x_BLD: jax.Array, out_BLF: jax.Array, lora: Lora) -> jax.Array:
         """`x W + s dropout(x) A B` (arXiv:2106.09685), and of DoRA `m / |W + s A B|` times that (arXiv:2402.09353,
@@ -45,9 +55,9 @@ class Linear(nnx.Module):
         change_BLF = lora.scale * matrix_product(matrix_product(seen_BLD, a_DR), b_RF)
         if not hasattr(self, "lora_magnitude"):
             return out_BLF + change_BLF
-        norms_F = jax.lax.stop_gradient(column_norms(self.kernel[...], a_DR, b_RF, lora.scale))
+        norms_F = jax.lax.stop_gradient(column_norms(self._kernel(x_BLD.dtype), a_DR, b_RF, lora.scale))
         factor_F = (self.lora_magnitude[...] / norms_F)[None, None, :]
-        seen_BLF = out_BLF if seen_BLD is x_BLD else matrix_product(seen_BLD, self.kernel[...])
+        seen_BLF = out_BLF if seen_BLD is x_BLD else matrix_product(seen_BLD, self._kernel(x_BLD.dtype))
         return out_BLF + (factor_F - 1) * seen_BLF + factor_F * change_BLF
 
 

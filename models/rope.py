@@ -52,9 +52,9 @@ class Rope:
     """
 
     frequencies: tuple[float, ...]
-    beyond: Longer | Growing | None
-    factor: float
-    interleaved: bool
+    beyond: Longer | Growing | None = None
+    factor: float = 1.0
+    interleaved: bool = False
 
     def tables(self, positions_BL: jax.Array, lengths_BL: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines [B, L, P] in float32, times the factor.

@@ -1,0 +1,89 @@
+"""A model's own kernels in four or eight bits, for training an adapter beside them (QLoRA, arXiv:2305.14314).
+
+n layers, D inputs, F outputs, S inputs that share a scale.
+
+A quantised kernel is two leaves in the place of one; `models.linear.Linear` multiplies with what they stand for:
+
+    layers/attention/q/kernel_values   [n, D, F]      NF4 indices, or numbers of four or eight bits
+    layers/attention/q/kernel_scale    [n, D / S, F]  float32
+
+The formats and their arithmetic are those of the qwix library (the `qlora` extra). Blocks of 64 inputs share a scale,
+as in bitsandbytes; its second quantisation, of the scales, is not done.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from models.sharding import paths
+
+KERNEL, VALUES, SCALE = "kernel", "kernel_values", "kernel_scale"
+BLOCK = 64
+FORMATS: dict[str, Any] = {"nf4": "nf4", "fp4": jnp.float4_e2m1fn, "int8": jnp.int8}
+
+
+def quantised(params: dict[str, Any], form: str) -> dict[str, Any]:
+    """The tree with every linear layer's kernel in a format of FORMATS; embedding, head, norms, routers and experts
+    stay as they are. Kernels are taken one after the other, so that no more than one is there twice.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"quantisation {form!r} is not one of {', '.join(FORMATS)}")
+    leaves: dict[str, jax.Array] = {}
+    for path, leaf in paths(params).items():
+        if is_quantisable(path):
+            module = path.rsplit("/", 1)[0]
+            leaves[f"{module}/{VALUES}"], leaves[f"{module}/{SCALE}"] = _quantise(form)(leaf)
+        else:
+            leaves[path] = leaf
+    return unflatten_dict(leaves, sep="/")
+
+
+def unquantised(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The tree with plain kernels of `dtype`: what the quantised ones stand for."""
+    leaves = {}
+    for path, leaf in paths(params).items():
+        module, name = path.rsplit("/", 1)
+        if name == VALUES:
+            leaves[f"{module}/{KERNEL}"] = dequantise(leaf, paths(params)[f"{module}/{SCALE}"]).astype(dtype)
+        elif name != SCALE:
+            leaves[path] = leaf
+    return unflatten_dict(leaves, sep="/")
+
+
+def is_quantisable(path: str) -> bool:
+    """Whether a leaf is the kernel of a linear layer of attention or MLP."""
+    return path.startswith(("layers/attention/", "layers/mlp/")) and path.endswith(f"/{KERNEL}")
+
+
+def dequantise(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """The kernel [..., D, F] in the dtype of its scale [..., D / S, F]."""
+    qwix = _qwix()
+    form = "nf4" if values.dtype == jnp.uint4 else values.dtype
+    return qwix.dequantize(qwix.QArray(values, scale, qtype=form))
+
+
+def _quantise(form: str) -> Any:
+    """Jitted `kernel [n, D, F] → (values, scale)`."""
+    qwix = _qwix()
+
+    def one(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        array = qwix.quantize(
+            kernel.astype(jnp.float32),
+            FORMATS[form],
+            channelwise_axes=(0, 2),
+            tiled_axes={1: math.gcd(BLOCK, kernel.shape[1])},
+        )
+        return array.qvalue, array.scale
+
+    return jax.jit(one)
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ImportError:
+        raise ValueError("a quantised model needs the package qwix: pip install 'einkorn[qlora]'") from None
+    return qwix
