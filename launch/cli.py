@@ -134,6 +134,23 @@ def export(
     run(checkpoint, folder, dtype=dtype, merge=merge)
 
 
+@app.command()
+def parity(
+    model: ModelName,
+    against: Annotated[str | None, typer.Option(help="What PyTorch loads; default: the same model.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the long text; at most the model's positions.", min=17)] = 2048,
+    text: Annotated[Path | None, typer.Option(help="A text to compute on; default: einkorn's own source.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where all numbers are written.")] = None,
+) -> None:
+    """Hold a model in einkorn against the same in PyTorch: logits, loss, gradients, greedy tokens. Ends with code 1
+    where they differ. Needs the `parity` extra.
+    """
+    from launch.parity import run
+
+    if not run(model, against=against, length=length, text=text, json_file=json_file):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The console script: errors that a user can mend are lines, not tracebacks."""
     _own_packages()

@@ -1,0 +1,84 @@
+"""The other side of `einkorn parity`: what transformers computes on torch. This module alone of the program imports
+torch, and only that command imports this module.
+"""
+
+import gc
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from launch.parity_einkorn import Measured, Sample
+from models.families import family_for
+
+
+def measure_transformers(folder: Path, sample: Sample, dtypes: Sequence[str]) -> Iterator[Measured]:
+    """The numbers of transformers on CPU, in one dtype after the other; one model at a time is held.
+
+    Raises ValueError where transformers itself finds weights missing and would draw them at random.
+    """
+    path_of = _paths_by_name(folder)
+    for dtype in dtypes:
+        model = _load(folder, getattr(torch, dtype))
+        with torch.no_grad():
+            short = _last_logits(model, sample.text[: sample.shown], sample.shown)
+            long = _last_logits(model, sample.text, sample.shown)
+            continued = [_continue(model, prompt, sample.new) for prompt in sample.prompts]
+        loss, gradient = _loss_and_norms(model, sample.trained, path_of)
+        del model
+        gc.collect()  # modules refer to one another in circles: without this the next one is loaded beside them
+        tokens, margins = zip(*continued, strict=True)
+        yield Measured(short, long, loss, gradient, list(tokens), list(margins))
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    transformers.utils.logging.disable_progress_bar()
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder}: transformers finds no {', '.join(missing[:3])} in it, and would draw it at random")
+    return model.eval()
+
+
+def _paths_by_name(folder: Path) -> dict[str, str]:
+    """Our path of each tensor that belongs to no layer, by its name in transformers."""
+    table = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8"))).WEIGHTS
+    return {name: path for path, name in table.items() if not path.startswith("layers/")}
+
+
+def _last_logits(model: Any, ids: Sequence[int], last: int) -> np.ndarray:
+    return model(torch.tensor([ids]), logits_to_keep=last, use_cache=False).logits[0].float().numpy()
+
+
+def _continue(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], list[float]]:
+    """`new` greedy tokens whatever they are, and by how much each one's logit exceeds the second best."""
+    tokens: list[int] = []
+    margins: list[float] = []
+    given, cache = torch.tensor([prompt]), None
+    for _ in range(new):
+        out = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        best = out.logits[0, -1].float().topk(2)
+        tokens.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        given, cache = best.indices[None, :1], out.past_key_values
+    return tokens, margins
+
+
+def _loss_and_norms(model: Any, ids: Sequence[int], path_of: dict[str, str]) -> tuple[float, dict[str, float]]:
+    """Mean loss of every next token, and norms of its gradient by layer number or path; the gradient is dropped."""
+    logits_LV = model(torch.tensor([ids]), use_cache=False).logits[0].float()
+    loss = torch.nn.functional.cross_entropy(logits_LV[:-1], torch.tensor(ids[1:]))
+    loss.backward()
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\.(\d+)\.", name)
+        group = f"layer {layer[1]}" if layer else path_of.get(name, name)
+        norm = 0.0 if parameter.grad is None else float(torch.linalg.vector_norm(parameter.grad))
+        squares[group] = squares.get(group, 0.0) + norm**2
+        parameter.grad = None
+    return loss.item(), {group: square**0.5 for group, square in squares.items()}
