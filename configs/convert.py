@@ -1,6 +1,7 @@
 """How a written value becomes the value of a key: the one place that knows about types."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from configs.nearest import nearest
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
+FUNCTION = re.compile(r".*\S:[A-Za-z_]\w*", re.DOTALL)
 
 
 def convert(key: Key, given: Given) -> Any:
@@ -28,7 +30,8 @@ def allowed(key: Key) -> str:
     bounds = {"at least": key.low, "above": key.above, "at most": key.high, "below": key.below}
     limits = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
     parts = key.choices or (NAMES[key.kind] + (f" {limits}" if limits else ""), *key.words)
-    return ", ".join([*parts, "null"] if key.nullable else parts)
+    parts = (*parts, *(["file.py:function"] if key.functions else []), *(["null"] if key.nullable else []))
+    return ", ".join(parts)
 
 
 def _value(key: Key, given: Given) -> Any:
@@ -51,6 +54,8 @@ def _require(fits: bool, value: Any) -> Any:
 def _word(key: Key, given: Given) -> str:
     """A word in the schema's spelling, whatever the case; an unquoted `no` is false to YAML."""
     text = "no" if given.value is False else str(given.value if given.text is None else given.text)
+    if key.functions and FUNCTION.fullmatch(text):
+        return text
     words = {word.lower(): word for word in key.choices} | {word.lower(): ours for word, ours in key.read_as.items()}
     return _require(text.lower() in words, words.get(text.lower()))
 

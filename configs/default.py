@@ -172,7 +172,13 @@ TRAINING: Table = {
     "per_device_eval_batch_size": Key(8, int, "rows of one evaluation batch on each device", low=1),
     "gradient_accumulation_steps": Key(1, int, "microbatches of one optimizer step", low=1),
     # The optimizer.
-    "optimizer": Key("adamw_torch", OPTIMIZERS, "which one; nothing is quantised or paged here"),
+    "optimizer": Key(
+        "adamw_torch",
+        OPTIMIZERS,
+        "which one; nothing is quantised or paged here. ours: a function that returns an optax transformation, called "
+        "with learning_rate (step -> rate) and what it takes of weight_decay, betas, eps, momentum, decayed (a mask)",
+        functions=True,
+    ),
     "learning_rate": Key(5e-5, float, "at its highest", low=0),
     "lr_scheduler_type": Key("linear", SCHEDULES, "how the learning rate goes"),
     "lr_scheduler_kwargs": Key({}, dict, "options of the schedule, such as num_cycles or min_lr_rate"),

@@ -16,7 +16,8 @@ class Key:
     """One key: its default, its kind (a type, or a tuple of the words allowed), its meaning, and what setting it does.
 
     `read_as`: words of other programs, and what they mean here. `words`: allowed beside numbers. `later`: allowed words
-    not implemented yet. `only`: trainer types the key belongs to. Null is a value where it is the default.
+    not implemented yet. `functions`: beside the words, a function of the user's, as `file.py:function` or
+    `module:function`. `only`: trainer types the key belongs to. Null is a value where it is the default.
     """
 
     default: Any
@@ -27,6 +28,7 @@ class Key:
     read_as: Mapping[str, str] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     later: tuple[str, ...] = ()
+    functions: bool = False
     only: tuple[str, ...] = ()
     null: bool = False
     required: bool = False

@@ -4,14 +4,13 @@
 messages.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from input_pipeline.examples import RowError, show
+from input_pipeline.functions import named_function
 from input_pipeline.jsonl import JsonLines, open_json, open_jsonl
 
 ON_DISK = ".jsonl, .json (a list), .parquet, or a folder written by datasets' save_to_disk"
@@ -118,26 +117,10 @@ def _from_hub(name: str, subset: str | None, split: str, kwargs: dict[str, Any])
 
 def _call(name: str, kwargs: dict[str, Any]) -> Sequence[Any]:
     """The rows that the function `file.py:function` or `module:function` returns."""
-    place, _, attribute = name.rpartition(":")
-    module = _module_of_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"dataset_name {name!r}: {place} has no function {attribute!r}")
-    rows = function(**kwargs)
+    rows = named_function(name, key="dataset_name")(**kwargs)
     if not isinstance(rows, Sequence) and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ValueError(f"dataset_name {name!r} must return a list of rows, not {show(rows)}")
     return rows
-
-
-def _module_of_file(path: Path):
-    if not path.exists():
-        raise ValueError(f"dataset_name names the file {str(path)!r}, which does not exist (looked in {Path.cwd()})")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _sliced(rows: Rows, split: str) -> Rows:

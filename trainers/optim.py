@@ -13,6 +13,7 @@ buffer in place: a step from the moments before `keep` reads the old ones once m
 first (0.65 s, and a gigabyte).
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -23,22 +24,24 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from input_pipeline.functions import named_function
+
 Params = dict[str, Any]
-State = dict[str, Params]  # what is remembered ("m", "v", …) -> a tree like the parameters
+State = dict[str, Params]  # of our rules: what is remembered ("m", "v", …) -> a tree like the parameters
 
 
 class Optimizer(NamedTuple):
     """What `build` returns: two functions of plain trees.
 
-    init(params) -> state: zeros, in a tree like the parameters for each thing that is remembered.
+    init(params) -> state: zeros, in a tree like the parameters for each thing that is remembered; or what optax makes.
     update(grads, state, params, *, step, scale, ok) -> (params, state): one update. `step` is an int32 scalar, the
     number of updates made before this one; `scale` multiplies the gradients (`clip_scale`); where `ok`, a bool scalar,
     is false nothing changes. Donate params and state, and return them in the order they came in: jax pairs donated
     buffers with results of the same shape by their order, and crossed pairs are copied.
     """
 
-    init: Callable[[Params], State]
-    update: Callable[..., tuple[Params, State]]
+    init: Callable[[Params], Any]
+    update: Callable[..., tuple[Params, Any]]
 
 
 class Moment(NamedTuple):
@@ -64,10 +67,12 @@ def build(
 
     `schedule` gives the learning rate from the step; `betas` and `eps` are Adam's and Lion's, `momentum` SGD's.
     `decayed` says of a path whether weight decay applies; without it, `hf_decayed`.
-    Raises ValueError for an unknown name.
+    A name with a colon is a function of the user's: see `_users`. Raises ValueError for an unknown name.
     """
-    rule, slots = RULES[resolve(name)](betas=betas, eps=eps, momentum=momentum)
     decayed = decayed or hf_decayed
+    if ":" in name:
+        return _users(name, schedule, decayed, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
+    rule, slots = RULES[resolve(name)](betas=betas, eps=eps, momentum=momentum)
 
     def init(params: Params) -> State:
         made = {path: slots(p, _stacked(path)) for path, p in flatten_dict(params, sep="/").items()}
@@ -87,6 +92,27 @@ def build(
     return Optimizer(init, update)
 
 
+def from_optax(transformation: Any) -> Optimizer:
+    """Returns the optimizer that an `optax.GradientTransformation` is, learning rate and sign included.
+
+    It sees float32 parameters and gradients, clipped already, and what it remembers is stored in the dtype it began
+    with. Layers are stacked: where it treats tensors as wholes (a norm, a projection), all layers of a kind are one.
+    Where the update is refused, parameters and memory are computed and thrown away, so XLA copies both first: slower
+    than the rules below, and for the time of the update twice the memory.
+    """
+
+    def update(grads: Params, state: Any, params: Params, *, step, scale, ok) -> tuple[Params, Any]:
+        def keep(new, old):
+            return jnp.where(ok, new.astype(old.dtype), old)
+
+        wide, gradients = _wide(params), jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+        updates, new_state = transformation.update(gradients, _wide(state), wide)
+        new_params = jax.tree.map(lambda p, update: p + update, wide, updates)
+        return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, state)
+
+    return Optimizer(transformation.init, update)
+
+
 def resolve(name: str) -> str:
     """Returns the rule that a name of the schema stands for, or raises ValueError with all that are allowed."""
     if name in RULES:
@@ -98,7 +124,7 @@ def resolve(name: str) -> str:
 
 def notice(name: str) -> str | None:
     """Returns what to tell a user whose optimizer has features with no effect here, or None."""
-    if any(word in name for word in ("8bit", "4bit", "paged")):
+    if ":" not in name and any(word in name for word in ("8bit", "4bit", "paged")):
         return f"optimizer {name!r} runs as {resolve(name)!r}: moments are neither quantised nor paged here"
     return None
 
@@ -125,22 +151,56 @@ def clip_scale(norm: jax.Array, max_norm: float | None) -> jax.Array:
     return jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
 
-def state_shardings(optimizer: Optimizer, params: Params, shardings: Params) -> State:
+def state_shardings(optimizer: Optimizer, params: Params, shardings: Params) -> Any:
     """Returns the shardings of the optimizer's state, given the parameters (or their shapes) and their NamedShardings.
 
-    What is remembered lies as its parameter lies; Adafactor's means lie so without the axis they are taken over.
+    What is remembered under a parameter's path, in its shape, lies as the parameter lies; Adafactor's means lie so
+    without the axis they are taken over; all else lies whole on every device.
     """
     shapes, lies = flatten_dict(params, sep="/"), flatten_dict(shardings, sep="/")
+    everywhere = NamedSharding(next(iter(lies.values())).mesh, PartitionSpec())
 
-    def place(slot: str, path: str) -> NamedSharding:
-        spec = list(lies[path].spec) + [None] * (shapes[path].ndim - len(lies[path].spec))
-        if slot in AVERAGED:
-            del spec[AVERAGED[slot]]
-        return NamedSharding(lies[path].mesh, PartitionSpec(*spec))
+    def place(keys: tuple, leaf: Any) -> NamedSharding:
+        first, *_ = names = [jax.tree_util.keystr((key,), simple=True) for key in keys] or [""]
+        tails = ("/".join(names[i:]) for i in range(len(names)))
+        if (path := next((tail for tail in tails if tail in shapes), None)) is None:
+            return everywhere
+        shape, spec = list(shapes[path].shape), [*lies[path].spec]
+        spec += [None] * (len(shape) - len(spec))
+        if first in AVERAGED and leaf.ndim < len(shape):
+            del shape[AVERAGED[first]], spec[AVERAGED[first]]
+        return NamedSharding(everywhere.mesh, PartitionSpec(*spec)) if list(leaf.shape) == shape else everywhere
 
-    state = jax.eval_shape(optimizer.init, params)
-    places = {slot: {path: place(slot, path) for path in flatten_dict(tree, sep="/")} for slot, tree in state.items()}
-    return {slot: unflatten_dict(tree, sep="/") for slot, tree in places.items()}
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def _users(name: str, schedule: Callable, decayed: Callable[[str], bool], **hyper: Any) -> Optimizer:
+    """What the function `name` returns, called with `learning_rate`, and with those of `hyper` and of `decayed` (as
+    optax's `mask`: a function from parameters to a tree of bools) that it has as arguments.
+    """
+    function = named_function(name, key="training.optimizer")
+    given = {"learning_rate": schedule, **hyper, "decayed": partial(_each_path, decayed)}
+    wanted = inspect.signature(function).parameters.values()
+    starred = [each for each in wanted if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    known = {each.name for each in wanted if each not in starred}
+    if unknown := [each.name for each in wanted if each.name in known - given.keys() and each.default is each.empty]:
+        raise ValueError(f"optimizer {name!r} asks for {', '.join(unknown)}; it is called with {', '.join(given)}")
+    all_of_them = any(each.kind is each.VAR_KEYWORD for each in starred)
+    made = function(**{key: value for key, value in given.items() if all_of_them or key in known})
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise ValueError(f"optimizer {name!r} must return an optax.GradientTransformation, not {type(made).__name__}")
+    return from_optax(made)
+
+
+def _each_path(test: Callable[[str], bool], params: Params) -> Params:
+    return unflatten_dict({path: test(path) for path in flatten_dict(params, sep="/")}, sep="/")
+
+
+def _wide(tree: Any) -> Any:
+    """The same tree with float32 for narrower floats."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x, tree
+    )
 
 
 def _update_one(rule, p, g, old: dict, *, moment: Moment, scale, ok) -> tuple[jax.Array, dict]:

@@ -277,6 +277,15 @@ VALUES = {
 }
 
 
+def test_an_optimizer_may_be_a_function_and_a_slip_in_its_name_is_no_function(file):
+    given = load(file(SFT), ["--training.optimizer", "my/own.py:lamb"])
+    assert given.config.training.optimizer == "my/own.py:lamb"
+    with pytest.raises(
+        ConfigError, match=r"got 'adamx'; allowed: adamw_torch, .*, file\.py:function; did you mean adam"
+    ):
+        load(file(SFT), ["--training.optimizer", "adamx"])
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_comes_back_from_a_dump(file, data):

@@ -72,6 +72,8 @@ def test_a_function_in_a_file_or_a_module_gives_rows(folder):
     assert dataset.rows.where(0) == f"row 2 of {folder}/made.py:rows"
     with pytest.raises(ValueError, match=r"made\.py has no function 'nothing'"):
         open_rows(f"{folder}/made.py:nothing", None)
+    with pytest.raises(ValueError, match="dataset_name names the module 'no_such', which is not installed"):
+        open_rows("no_such:rows", None)
     with pytest.raises(ValueError, match="must return a list of rows, not"):
         open_rows("time:time", None)
 

@@ -277,10 +277,123 @@ def test_state_lies_where_its_parameters_lie():
     assert adafactor["square"]["norm"]["scale"].spec == PartitionSpec(None)
 
 
+OWN = """
+import optax
+
+
+def lamb(learning_rate, weight_decay, betas, decayed, floor=1e-6):
+    return optax.lamb(learning_rate, *betas, eps=floor, weight_decay=weight_decay, mask=decayed)
+
+
+def adamw(**given):
+    assert given["momentum"] == 0.9
+    rest = {name: given[name] for name in ("eps", "weight_decay")}
+    return optax.adamw(given["learning_rate"], *given["betas"], **rest, mask=given["decayed"])
+
+
+def factored(learning_rate):
+    return optax.adafactor(learning_rate, min_dim_size_to_factor=2)
+
+
+def late(learning_rate, beta3):
+    return optax.sgd(learning_rate)
+
+
+def nothing(learning_rate):
+    return None
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """`own("lamb")` is the reference of a function of the user's."""
+    (tmp_path / "own.py").write_text(OWN)
+    return lambda name: f"{tmp_path}/own.py:{name}"
+
+
+def test_a_function_of_the_users_may_be_the_optimizer(own):
+    # The same twenty updates by optax itself, with the mask written out.
+    params, grads = random_tree(0), gradients()
+    mask = unflatten_dict({path: path in DECAYED for path in SHAPES}, sep="/")
+    oracle = optax.lamb(RATE, *HYPER["betas"], eps=1e-6, weight_decay=HYPER["weight_decay"], mask=mask)
+    expected, state = params, oracle.init(params)
+    for g in grads:
+        updates, state = oracle.update(g, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), ours(own("lamb"), params, grads), expected
+    )
+
+
+def test_adamw_of_optax_is_our_own(own):
+    params, grads = random_tree(0), gradients()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6),
+        ours(own("adamw"), params, grads),
+        ours("adamw", params, grads),
+    )
+
+
+def test_a_refused_update_changes_nothing_of_the_users_optimizer(own):
+    params, grads = jax.tree.map(jnp.asarray, random_tree(0)), random_tree(1)
+    optimizer = optim.build(own("lamb"), schedule=RATE, **HYPER)
+    update = jax.jit(optimizer.update)
+    params, state = update(grads, optimizer.init(params), params, step=0, scale=1.0, ok=True)
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    kept = update(bad, state, params, step=1, scale=jnp.nan, ok=False)
+    jax.tree.map(np.testing.assert_array_equal, kept, (params, state))
+
+
+def test_memory_of_the_users_optimizer_keeps_its_dtype(own):
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), random_tree(0))
+    optimizer = optim.build(own("lamb"), schedule=RATE, **HYPER)
+    state = optimizer.init(params)
+    new = jax.eval_shape(partial(optimizer.update, step=3, scale=1.0, ok=True), params, state, params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), (params, state)
+    )
+
+
+@pytest.mark.parametrize("name", ["lamb", "factored"])
+def test_memory_of_the_users_optimizer_lies_where_its_parameters_lie(own, name):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    split, whole = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec()
+    params = {"layers": {"up": {"kernel": jnp.ones((n, 8, 4))}}, "norm": {"scale": jnp.ones(8)}}
+    shardings = {
+        "layers": {"up": {"kernel": NamedSharding(mesh, split)}},
+        "norm": {"scale": NamedSharding(mesh, whole)},
+    }
+    optimizer = optim.build(own(name), schedule=RATE, **HYPER)
+    places = optim.state_shardings(optimizer, params, shardings)
+    state = jax.device_put(optimizer.init(params), places)
+    lying = [leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.shape == (n, 8, 4)]
+    assert lying == ([split, split] if name == "lamb" else [])
+    assert all(
+        leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state) if leaf.shape != (n, 8, 4)
+    )  # counts, and means over an axis
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "late",
+            "optimizer '.*own.py:late' asks for beta3; it is called with learning_rate, weight_decay, betas, eps,",
+        ),
+        ("nothing", r"must return an optax\.GradientTransformation, not NoneType"),
+        ("gone", "training.optimizer '.*own.py:gone': .* has no function 'gone'"),
+    ],
+)
+def test_a_function_that_is_no_optimizer_is_refused(own, name, message):
+    with pytest.raises(ValueError, match=message):
+        optim.build(own(name), schedule=RATE, **HYPER)
+
+
 def test_names_of_the_schema_stand_for_rules_and_what_they_lose_is_said():
     assert set(SCHEMA["training"]["optimizer"].choices) == {*optim.RULES, *optim.SAME_AS}
     assert [optim.resolve(name) for name in ("adamw_torch_fused", "sgd", "lion_32bit")] == ["adamw", "sgd", "lion"]
     assert optim.notice("adamw_torch") is None
+    assert optim.notice("my_8bit.py:adam") is None
     assert optim.notice("paged_adamw_8bit") == (
         "optimizer 'paged_adamw_8bit' runs as 'adamw': moments are neither quantised nor paged here"
     )
