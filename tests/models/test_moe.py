@@ -1,5 +1,6 @@
 """The mixture of experts against transformers' own blocks, over devices, and its router's loss."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -344,6 +345,17 @@ def test_experts_lie_where_the_mesh_says():
         "experts/down/kernel": P("expert", "tensor", "fsdp"),
         "experts/down/bias": P("expert"),
     }
+
+
+def test_devices_never_hold_the_experts_of_others():
+    moe, mesh = mixture(Experts(count=E, per_token=2, width=F)), make_mesh({"fsdp": 2, "tensor": 2, "expert": 2})
+    lain = nested({path: jax.NamedSharding(mesh, spec) for path, spec in shardings_of(moe, mesh).items()})
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda params, x: moe(x, params=params)[0].sum()), out_shardings=lain)
+        program = gradient.lower(jax.device_put(moe.params, lain), tokens(8, 4)).compile().as_text()
+    moved = re.findall(r"= f32\[(\d+),\d+,\d+\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all)\(", program)
+    assert {(str(E // 2), "all-gather"), (str(E // 2), "reduce-scatter")} <= set(moved)  # along fsdp
+    assert str(E) not in {size for size, _ in moved}
 
 
 def test_experts_that_devices_cannot_share_evenly_are_refused():
