@@ -99,13 +99,13 @@ PEFT: Table = {
         "what is exported: the adapter, or the model with it merged in and the adapter in the folder adapter",
         later=("ADAPTER_AND_BASE_MODEL",),
     ),
-    "q_lora": later(False, bool, "keep the model's own weights in few bits"),
-    "q_lora_bits": no_effect(4, int, "how few"),
-    "bnb_4bit_quant_type": no_effect("fp4", ("fp4", "nf4"), "what four bits mean"),
-    "llm_int8_skip_modules": no_effect(None, list, "modules kept whole"),
-    "use_bnb_nested_quant": no_effect(False, bool, "quantise the scales too"),
-    "bnb_4bit_quant_storage": no_effect("uint8", str, "dtype that holds them"),
-    "bnb_4bit_compute_dtype": no_effect("float32", str, "dtype they are computed in"),
+    "q_lora": Key(False, bool, "keep the model's own kernels in few bits, a scale for every 64 inputs"),
+    "q_lora_bits": Key(4, int, "how few, 4 or 8; eight are int8", low=4, high=8),
+    "bnb_4bit_quant_type": Key("fp4", ("fp4", "nf4"), "what four bits mean; fp4 is e2m1, nf4 arXiv:2305.14314"),
+    "llm_int8_skip_modules": later(None, list, "modules kept whole"),
+    "use_bnb_nested_quant": no_effect(False, bool, "quantise the scales too: they stay float32"),
+    "bnb_4bit_quant_storage": no_effect("uint8", str, "dtype that holds them: arrays of four bits do"),
+    "bnb_4bit_compute_dtype": no_effect("float32", str, "dtype they are computed in: training's own"),
 }
 
 TRAINING: Table = {

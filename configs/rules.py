@@ -134,6 +134,11 @@ def _rewards(config: Any) -> Lines:
         yield "training.reward_functions", f"needs training.trainer_type {' or '.join(GRPO)}"
 
 
+def _bits(config: Any) -> Lines:
+    if (bits := config.peft.q_lora_bits) not in (4, 8):
+        yield "peft.q_lora_bits", f"got {bits}; allowed: 4, 8"
+
+
 def _pretrained_base(config: Any) -> Lines:
     model = config.model
     for path, given in (
@@ -169,6 +174,7 @@ RULES = (
     Rule(("training.trainer_kwargs.loss_type", "training.trainer_kwargs.label_smoothing_factor"), _smoothing),
     Rule(("training.reward_functions", "training.trainer_type"), _rewards),
     Rule(("training.use_peft", "model.freeze_layers", "model.load_pretrained_weights"), _pretrained_base),
+    Rule(("peft.q_lora_bits",), _bits),
     Rule(tuple(f"mesh.{axis}" for axis in AXES), _mesh),
 )
 

@@ -74,6 +74,14 @@ def what_trains(
     return lora, frozenset(lora.whole)
 
 
+def quantisation(config: ConfigDict) -> str | None:
+    """The format of the model's own kernels, a name of models.quantized.FORMATS, or None: as they are."""
+    peft = config.peft
+    if not (config.training.use_peft and peft.q_lora):
+        return None
+    return "int8" if peft.q_lora_bits == 8 else peft.bnb_4bit_quant_type
+
+
 def _new_adapter(peft: ConfigDict, names: Names) -> Lora:
     whole = whole_leaves(names, peft.lora_modules_to_save or ())
     modules = target_modules(

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 
 from configs import derived
 from input_pipeline.tokenizer import load_tokenizer
-from launch.adapt import find_model, tokenizer_folder, what_trains
+from launch.adapt import find_model, quantisation, tokenizer_folder, what_trains
 from models import hub, weights
 from models.adapter import abstract_trained, join_adapter, load_adapter
 from models.decoder import Compute, DecoderConfig, Params, abstract_params, init_params
 from models.families import decoder_config
 from models.lora import Lora, Parts, abstract_adapter, init_adapter, merged, split
+from models.quantized import quantised, quantised_leaf, unquantised
 from models.sharding import make_mesh, parameter_shardings, paths
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Model(NamedTuple):
     adapter: Path | None  # the folder of an adapter that the run starts from
     lora: Lora | None  # the adapter that is trained
     trained: frozenset[str]  # paths of its own leaves that are
+    form: str | None  # of its kernels, where they are kept in few bits: a name of models.quantized.FORMATS
 
 
 class Count(NamedTuple):
@@ -92,17 +94,21 @@ def open_model(config: ConfigDict) -> Model:
         adapter=named.adapter,
         lora=lora,
         trained=trained,
+        form=quantisation(config),
     )
 
 
 def load_weights(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Params:
-    """The parameters on the mesh: read from the model's folder, or drawn at random."""
+    """The parameters on the mesh: read from the model's folder, or drawn at random; quantised one by one."""
     abstract = abstract_params(model.config, dtype=model.dtype)
     shardings = parameter_shardings(abstract, mesh)
+    form = model.form
     if pretrained:
-        return weights.load_params(model.folder, model.config, shardings=shardings, dtype=model.dtype)
+        keep = None if form is None else lambda path, leaf: quantised_leaf(path, leaf, form)
+        return weights.load_params(model.folder, model.config, shardings=shardings, dtype=model.dtype, keep=keep)
     draw = jax.jit(lambda key: init_params(key, model.config, dtype=model.dtype), out_shardings=shardings)
-    return draw(jax.random.key(seed))
+    params = draw(jax.random.key(seed))
+    return params if form is None else quantised(params, form)
 
 
 def load_parts(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Parts:
@@ -117,18 +123,21 @@ def load_parts(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Part
         lora = model.lora
         begun = load_adapter(model.adapter, lora, model.config, model.hf_config, mesh=mesh, dtype=model.dtype)
         return parts._replace(trained=begun)
-    return parts._replace(trained=merged(_new_adapter(model.lora, own, mesh, seed), parts.trained))
+    return parts._replace(trained=merged(_new_adapter(model, model.lora, own, mesh, seed), parts.trained))
 
 
-def _new_adapter(lora: Lora, own: Params, mesh: Mesh, seed: int) -> Params:
-    places = parameter_shardings(abstract_adapter(own, lora), mesh)
-    draw = jax.jit(lambda key, own: init_adapter(key, own, lora), out_shardings=places)
+def _new_adapter(model: Model, lora: Lora, own: Params, mesh: Mesh, seed: int) -> Params:
+    places = parameter_shardings(abstract_adapter(abstract_params(model.config, dtype=model.dtype), lora), mesh)
+    draw = jax.jit(lambda key, own: init_adapter(key, unquantised(own, model.dtype), lora), out_shardings=places)
     return draw(jax.random.key(seed), own)
 
 
 def abstract_parts(model: Model) -> Parts:
     """The trees of `load_parts` as `jax.ShapeDtypeStruct`s."""
-    parts = split(abstract_params(model.config, dtype=model.dtype), model.trained)
+    own = abstract_params(model.config, dtype=model.dtype)
+    if (form := model.form) is not None:
+        own = jax.eval_shape(lambda own: quantised(own, form), own)
+    parts = split(own, model.trained)
     if model.lora is None:
         return parts
     return parts._replace(trained=abstract_trained(model.lora, model.config, dtype=model.dtype))

@@ -18,6 +18,7 @@ from models.config import DecoderConfig
 from models.decoder import Params, abstract_params
 from models.families import decoder_config
 from models.lora import Lora, Parts, fused, merged, split
+from models.quantized import unquantised
 from models.sharding import make_mesh, parameter_shardings
 from trainers.checkpoint import read_meta, restore_part
 from trainers.checkpoint_files import refuse_damaged
@@ -42,7 +43,7 @@ def write_model(folder: Path, parts: Parts, about: Described) -> None:
     params = merged(*parts)
     if about.lora is not None:
         lora = about.lora
-        params = jax.jit(lambda params: fused(params, lora))(params)
+        params = jax.jit(lambda params: fused(unquantised(params, about.dtype), lora))(params)
     weights.save_folder(
         folder,
         params,

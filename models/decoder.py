@@ -60,7 +60,7 @@ def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...]
         block = Block(config)
         for path, shape in added:
             *modules, leaf = path.split("/")
-            module = functools.reduce(getattr, modules, block)
+            module: Any = functools.reduce(getattr, modules, block)
             setattr(module, leaf, nnx.Param(jnp.zeros(shape)))
             if leaf == VALUES:
                 del module.kernel

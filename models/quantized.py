@@ -11,6 +11,7 @@ The formats and their arithmetic are those of the qwix library (the `qlora` extr
 as in bitsandbytes; its second quantisation, of the scales, is not done.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -27,27 +28,32 @@ FORMATS: dict[str, Any] = {"nf4": "nf4", "fp4": jnp.float4_e2m1fn, "int8": jnp.i
 
 def quantised(params: dict[str, Any], form: str) -> dict[str, Any]:
     """The tree with every linear layer's kernel in a format of FORMATS; embedding, head, norms, routers and experts
-    stay as they are. Kernels are taken one after the other, so that no more than one is there twice.
+    stay as they are.
     """
-    if form not in FORMATS:
-        raise ValueError(f"quantisation {form!r} is not one of {', '.join(FORMATS)}")
     leaves: dict[str, jax.Array] = {}
     for path, leaf in paths(params).items():
-        if is_quantisable(path):
-            module = path.rsplit("/", 1)[0]
-            leaves[f"{module}/{VALUES}"], leaves[f"{module}/{SCALE}"] = _quantise(form)(leaf)
-        else:
-            leaves[path] = leaf
+        leaves |= quantised_leaf(path, leaf, form)
     return unflatten_dict(leaves, sep="/")
+
+
+def quantised_leaf(path: str, leaf: jax.Array, form: str) -> dict[str, jax.Array]:
+    """The leaves by path that stand for one: two for a linear layer's kernel, itself for any other."""
+    if form not in FORMATS:
+        raise ValueError(f"quantisation {form!r} is not one of {', '.join(FORMATS)}")
+    if not is_quantisable(path):
+        return {path: leaf}
+    module = path.rsplit("/", 1)[0]
+    values, scale = _quantise(form)(leaf)
+    return {f"{module}/{VALUES}": values, f"{module}/{SCALE}": scale}
 
 
 def unquantised(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """The tree with plain kernels of `dtype`: what the quantised ones stand for."""
-    leaves = {}
-    for path, leaf in paths(params).items():
+    leaves, there = {}, paths(params)
+    for path, leaf in there.items():
         module, name = path.rsplit("/", 1)
         if name == VALUES:
-            leaves[f"{module}/{KERNEL}"] = dequantise(leaf, paths(params)[f"{module}/{SCALE}"]).astype(dtype)
+            leaves[f"{module}/{KERNEL}"] = dequantise(leaf, there[f"{module}/{SCALE}"]).astype(dtype)
         elif name != SCALE:
             leaves[path] = leaf
     return unflatten_dict(leaves, sep="/")
@@ -65,6 +71,7 @@ def dequantise(values: jax.Array, scale: jax.Array) -> jax.Array:
     return qwix.dequantize(qwix.QArray(values, scale, qtype=form))
 
 
+@functools.cache
 def _quantise(form: str) -> Any:
     """Jitted `kernel [n, D, F] → (values, scale)`."""
     qwix = _qwix()

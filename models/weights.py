@@ -31,22 +31,31 @@ HEAD, EMBEDDING = "head/kernel", "embed/embedding"
 READERS = min(8, os.cpu_count() or 1)  # threads that copy tensors of one leaf at the same time
 
 
-def load_params(folder: Path, config: DecoderConfig, *, shardings: Any, dtype: Any) -> Params:
+def load_params(
+    folder: Path,
+    config: DecoderConfig,
+    *,
+    shardings: Any,
+    dtype: Any,
+    keep: Callable[[str, jax.Array], Mapping[str, jax.Array]] | None = None,
+) -> Params:
     """Reads a model folder's weights into sharded arrays: the tree of `abstract_params(config, dtype=dtype)`.
 
     `shardings` is a tree like it, or one sharding for all leaves. Host memory beyond the arrays themselves stays
     below one shard of one leaf. Raises ValueError naming each tensor that is missing, misshapen, unclaimed or unlike
-    its tied twin.
+    its tied twin. `keep` turns a leaf, as soon as it is read, into those by path that take its place, so that what is
+    quantised need never be there whole.
     """
     leaves = paths(abstract_params(config, dtype=dtype))
     stored, places = check_weights(folder, config)
     alike = isinstance(shardings, jax.sharding.Sharding)
     sharding_of = dict.fromkeys(leaves, shardings) if alike else paths(shardings)
-    loaded = {}
+    loaded: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(READERS) as pool:
         for path, leaf in leaves.items():
             tensors = [stored[name] for name in places[path].names]
-            loaded[path] = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool)
+            array = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool)
+            loaded |= {path: array} if keep is None else keep(path, array)
     return nested(loaded)
 
 

@@ -102,7 +102,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         ("--training.pack=3", "training.pack: unknown key; did you mean data.train.pack?"),
         ("--model.name=3", "model.name: unknown key; did you mean model.model_name?"),
         ("--trainign.seed=3", "trainign: unknown key; did you mean training?"),
-        ("--mesh.zzz=3", "mesh.zzz: unknown key; known here: data, fsdp, tensor, context"),
+        ("--mesh.zzz=3", "mesh.zzz: unknown key; known here: data, fsdp, expert, tensor, context"),
         ("--training.xyzxyz=3", "training.xyzxyz: unknown key, and like none known here"),
         # the command line itself
         ("training.seed=3", "training.seed=3: options start with --, as in --training.max_steps 10"),
@@ -115,7 +115,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
             "--training.trainer_type=TRL_DPO",
             "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT",
         ),
-        ("--peft.q_lora=true", "not implemented yet: peft.q_lora: true"),
+        ("--peft.llm_int8_skip_modules=[a]", "not implemented yet: peft.llm_int8_skip_modules: [a]"),
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
         ("--peft.lora_init_weights=olora", "not implemented yet: peft.lora_init_weights: OLORA"),
         ("--data.train.stream=true", "not implemented yet: data.train.stream: true"),
@@ -126,6 +126,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
             "not implemented yet: data.train.collator_name: vision_language_sft",
         ),
         # rules
+        ("--peft.q_lora_bits=5", "peft.q_lora_bits: got 5; allowed: 4, 8"),
         (
             "--training.num_train_epochs=0",
             "training.max_steps: neither max_steps nor num_train_epochs is above 0; set one",
