@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from models.decoder import Compute, DecoderConfig, head, hidden_states
+from models.decoder import Compute, DecoderConfig, head, routed_hidden_states
 from models.lora import merged, with_dropout
-from trainers.losses import cross_entropy
+from models.moe import load_balancing_loss
+from trainers.losses import Sum, cross_entropy
 from trainers.step import Batch, Loss, Params, Sums
 
 
@@ -18,13 +19,16 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
 
     `kind` is TRL's `loss_type`: "nll", or "dft" (each token's loss weighted by its own probability, arXiv:2508.05629).
     `label_smoothing` mixes in the mean over the vocabulary, as transformers' LabelSmoother; it has no effect on "dft".
+    A mixture of experts whose config.json asks for it adds its load-balancing loss, `aux_loss` in the log; each
+    microbatch has its own, and counts by its tokens.
     """
+    coefficient = config.experts.aux_coefficient if config.experts else 0.0
 
     def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array | None = None) -> Sums:
         params = merged(params, frozen)
         if key is not None and compute.lora is not None and compute.lora.dropout:
             params = with_dropout(params, compute.lora, key)
-        hidden_BLD = hidden_states(
+        hidden_BLD, routers = routed_hidden_states(
             params,
             config,
             tokens_BL=batch["tokens"],
@@ -33,7 +37,7 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
             compute=compute,
         )
         out = head(params, config)
-        return cross_entropy(
+        total, others = cross_entropy(
             hidden_BLD,
             out.kernel_VD,
             batch["targets"],
@@ -43,5 +47,10 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
             detached_weight=kind == "dft",
             label_smoothing=label_smoothing,
         )
+        if not coefficient:
+            return total, others
+        assert routers is not None
+        aux = load_balancing_loss(routers) * total.count
+        return total._replace(total=total.total + coefficient * aux), others | {"aux_loss": Sum(aux, total.count)}
 
     return loss
