@@ -118,6 +118,11 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
 
 def decoder_config(hf_config: Mapping[str, Any]) -> Any:
     """The `DecoderConfig` of a Hugging Face configuration; ValueError names any field this port would not honour."""
+    if quantised := hf_config.get("quantization_config"):
+        raise ValueError(
+            f"not implemented yet: weights quantised by {quantised.get('quant_method')!r} (quantization_config in "
+            f"config.json); take a folder in bfloat16 or float32"
+        )
     fields = Fields(hf_config)
     config = family_for(hf_config).config(fields)
     fields.finish()

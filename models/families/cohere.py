@@ -18,7 +18,7 @@ def config(fields: Fields) -> DecoderConfig:
     return llama.plain(
         fields,
         eps="layer_norm_eps",
-        each=[Layer(None, llama.rope(fields, interleaved=True))] * fields["num_hidden_layers"],
+        each=[Layer(None, llama.rope(fields, theta=500_000.0, interleaved=True))] * fields["num_hidden_layers"],
         tied=True,
         norm="layer",
         parallel="one norm",

@@ -15,6 +15,7 @@ def config(fields: Fields) -> DecoderConfig:
     """The decoder of a `Gemma2Config`."""
     fields.get("hidden_act", None)  # `hidden_activation` holds
     fields.get("cache_implementation", None)
+    fields.get("sliding_window_size", None)  # `sliding_window` under another name
     return gemma.plain(
         fields,
         act="hidden_activation",

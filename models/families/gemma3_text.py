@@ -18,7 +18,7 @@ def config(fields: Fields) -> DecoderConfig:
     period = fields.get("_sliding_window_pattern", 6)
     slides = llama.sliding(fields, llama.all_but_every(fields, fields.get("sliding_window_pattern", period)))
     near = Layer(fields["sliding_window"], llama.rope(fields, layer_type="sliding_attention"))
-    far = Layer(None, llama.rope(fields, layer_type="full_attention"))
+    far = Layer(None, llama.rope(fields, theta=1_000_000.0, layer_type="full_attention"))
     return gemma.plain(
         fields,
         act="hidden_activation",

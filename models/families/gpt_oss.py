@@ -24,11 +24,11 @@ def config(fields: Fields) -> DecoderConfig:
     fields.expect("swiglu_alpha", 1.702)
     fields.expect("swiglu_limit", 7.0)
     fields.get("experts_per_token", None)  # the same as num_experts_per_tok, in the published files
-    fields.get("initial_context_length", None)
+    fields.get("initial_context_length", None)  # original_max_position_embeddings, once more
     bias = fields.get("attention_bias", True)
     return llama.plain(
         fields,
-        each=llama.windows(fields, llama.sliding(fields, llama.all_but_every(fields, 2))),
+        each=llama.windows(fields, llama.sliding(fields, llama.all_but_every(fields, 2)), theta=150_000.0),
         qkv_bias=bias,
         o_bias=bias,
         sinks=True,

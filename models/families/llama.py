@@ -85,9 +85,9 @@ def head_width(fields: Fields) -> int:
     return fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
 
 
-def rope(fields: Fields, **options: Any) -> Rope:
-    """The rotation that config.json asks for; options as for `rope_config`."""
-    return rope_config(fields, head_width=head_width(fields), **options)
+def rope(fields: Fields, *, theta: float = 10_000.0, **options: Any) -> Rope:
+    """The rotation that config.json asks for; options as for `rope_config`, `theta` for files that name no base."""
+    return rope_config(fields, head_width=head_width(fields), theta=theta, **options)
 
 
 def sliding(fields: Fields, default: Sequence[bool]) -> list[bool]:

@@ -1,6 +1,6 @@
 """Mixtral: Mistral with a mixture of experts in the place of each MLP."""
 
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Layer
 from models.families import Fields, llama
 from models.moe import Experts
 
@@ -23,7 +23,8 @@ def config(fields: Fields) -> DecoderConfig:
         normalise=True,
         aux_coefficient=router_loss(fields, 0.001),
     )
-    return llama.plain(fields, window=fields.get("sliding_window", None), experts=experts)
+    layer = Layer(fields.get("sliding_window", None), llama.rope(fields, theta=1_000_000.0))
+    return llama.plain(fields, each=[layer] * fields["num_hidden_layers"], experts=experts)
 
 
 def router_loss(fields: Fields, default: float) -> float:

@@ -11,7 +11,7 @@ def config(fields: Fields) -> DecoderConfig:
     fields.expect("pretraining_tp", 1)
     period, slides = fields.get("no_rope_layer_interval", 4), fields.get("use_sliding_window", False)
     rotates = [bool(one) for one in fields.get("no_rope_layers", llama.all_but_every(fields, period))]
-    window, rotation = fields.get("sliding_window", None), llama.rope(fields)
+    window, rotation = fields.get("sliding_window", None), llama.rope(fields, theta=2_000_000.0)
     near = llama.sliding(fields, [slides and window is not None and not one for one in rotates])
     bias = fields.get("attention_bias", False)
     return llama.plain(

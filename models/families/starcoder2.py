@@ -18,6 +18,11 @@ IGNORED = llama.IGNORED
 def config(fields: Fields) -> DecoderConfig:
     """The decoder of a `Starcoder2Config`."""
     fields.dropout("residual_dropout", "embedding_dropout")
+    fields.expect("norm_type", "layer_norm")
+    fields.expect("mlp_type", "default")
+    for name in ("activation_function", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"):
+        fields.get(name, None)  # of its forerunner; `hidden_act` holds, and softmax is float32 in any case
+    fields.expect("scale_attn_weights", True)
     bias = fields.get("use_bias", True)
     return llama.plain(
         fields,
