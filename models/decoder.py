@@ -70,6 +70,13 @@ def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...]
     return graph, nnx.to_pure_dict(state)
 
 
+def _graph(config: DecoderConfig, layers: Params) -> nnx.GraphDef:
+    """The graph of one layer with the leaves that these have."""
+    known = paths(_block(config)[1])
+    added = [(path, leaf.shape[1:]) for path, leaf in sorted(paths(layers).items()) if path not in known]
+    return _block(config, tuple(added))[0]
+
+
 def abstract_params(config: DecoderConfig, *, dtype: Any) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: every leaf's path and shape, and the given dtype."""
     D, V = config.width, config.vocabulary
@@ -250,11 +257,7 @@ def _scan(
     road: Road,
 ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
     """`repeats` times the layers of a period, from layer `first` on."""
-    graph, own = _block(config)
-    there, known = paths(layers), paths(own)
-    added = tuple((path, leaf.shape[1:]) for path, leaf in sorted(there.items()) if path not in known)
-    graph, _ = _block(config, added)
-    count = repeats * len(period)
+    graph, count = _graph(config, layers), repeats * len(period)
 
     def grouped(leaf: jax.Array) -> jax.Array:
         some = leaf if count == config.layers else leaf[first : first + count]
