@@ -34,9 +34,14 @@ class Batches:
         batch, self._rows = next(self._iterator())
         return batch
 
-    def rows(self) -> list[str]:
-        """Where the rows of the last batch come from, such as "row 17 of data/train.jsonl"."""
-        return [self._name_of(row) for row in self._rows]
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of the last batch, by their numbers."""
+        return self._rows
+
+    def name_of(self, row: int) -> str:
+        """Where a row comes from, such as "row 17 of data/train.jsonl"."""
+        return self._name_of(row)
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch starts, and what data this is."""

@@ -1,5 +1,7 @@
-"""What the model will see: a row token by token with the trained ones coloured, and how long the rows are."""
+"""What the model will see: a row token by token with the trained ones marked, and how long the rows are."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from input_pipeline.collate import bucket_length
 from input_pipeline.reading import Data
 
 TRAINED, CONTEXT = "bold green", "dim"
+OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no colour
 _BAR = 48  # characters of the longest bar
 
 
@@ -51,17 +54,20 @@ def length_histogram(data: Data) -> list[Bar]:
 
 
 def print_row(console: Console, data: Data, row: int, tokenizer: Any, *, ids: bool = False) -> None:
-    """Print a row with its trained tokens coloured; with `ids`, one token a line with its id."""
+    """Print a row with its trained tokens coloured, or in brackets where the console has no colour (a pipe, a file);
+    with `ids`, one token a line with its id.
+    """
     views = view_row(data, row, tokenizer)
     in_loss = sum(view.trained for view in views)
+    bare = console.color_system is None or console.no_color
     title = f"{data.name_of(row)}: {len(views)} tokens, {in_loss} trained"
-    console.print(Text(title, style="bold"))
+    console.print(Text(title + (f": {OPEN}in these{CLOSE}" if bare and not ids else ""), style="bold"))
     if ids:
         for view in views:
             line = f"{view.id:>8}  {'trained' if view.trained else '       '}  {view.text!r}"
             console.print(Text(line, style=TRAINED if view.trained else CONTEXT))
         return
-    console.print(Text.assemble(*((view.text, TRAINED if view.trained else CONTEXT) for view in views)))
+    console.print(Text.assemble(*_pieces(views, OPEN if bare else "", CLOSE if bare else "")))
 
 
 def print_histogram(console: Console, data: Data) -> None:
@@ -78,6 +84,13 @@ def print_histogram(console: Console, data: Data) -> None:
     for bar in bars:
         line = f"{bar.low:>6} – {bar.high:<6} {bar.rows:>8}  {'█' * -(-bar.rows * _BAR // most)}"
         console.print(Text(line))
+
+
+def _pieces(views: Sequence[TokenView], opening: str, closing: str) -> Iterator[tuple[str, str]]:
+    """Text and style of each run of tokens that are trained, or are not."""
+    for trained, run in itertools.groupby(views, lambda view: view.trained):
+        text = "".join(view.text for view in run)
+        yield (f"{opening}{text}{closing}", TRAINED) if trained else (text, CONTEXT)
 
 
 def _text_of(token: int, tokenizer: Any) -> str:

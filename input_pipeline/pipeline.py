@@ -1,7 +1,7 @@
 """From the data section of a configuration to batches: rows → examples → tokens → packed or padded rows → [A, B, L]."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from input_pipeline.batches import Batch, Batches
 from input_pipeline.collate import Line, bucket_length, collate, line_of, shift
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.packing import Packed, plan
-from input_pipeline.reading import Data, read_data
-from input_pipeline.store import Counts, TokenStore
+from input_pipeline.reading import Data, Reading, read_data
+from input_pipeline.store import TokenStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,97 +23,57 @@ class Feed:
     batches: Batches
     steps: int | None  # optimizer steps until the epochs are used up; None: without end
     steps_per_epoch: int
-    counts: Counts
+    data: Data  # the rows they are made of
     longest: int  # the largest L that a batch has
     longest_document: int  # the most tokens that see one another in a row
     useful: float  # share of the first epoch's places that hold a token, the rest is padding
-    notices: tuple[str, ...] = ()  # remarks for the log
 
 
 def train_feed(
     data: Mapping[str, Any],
     tokenizer: Any,
     *,
-    max_length: int | None,
+    reading: Reading,
     rows_per_step: int,
     accumulation: int,
     epochs: float | None,
-    seed: int,
     shuffle_rows: bool = True,
     drop_last: bool = False,
-    completion_only_loss: bool | None = None,
-    assistant_only_loss: bool = False,
-    text_field: str = "text",
     prefetch: int = 2,
-    progress: Callable[[int], None] | None = None,
 ) -> Feed:
     """Batches [A, B, L] of `data.train` for all processes, A = `accumulation`, A * B = `rows_per_step`.
 
-    Every epoch holds each row once, in an order drawn from (`seed`, epoch), or as stored without `shuffle_rows`.
-    `epochs` may be a fraction; None goes on for ever. Rows longer than `max_length` lose their end. `drop_last`
-    leaves out an epoch's last microbatch if it is not full. `prefetch`: batches made ready ahead, in a thread.
-    `progress` is told how many rows were tokenised since its last call.
+    Every epoch holds each row once, in an order drawn from (`reading.seed`, epoch), or as stored without
+    `shuffle_rows`. `epochs` may be a fraction; None goes on for ever. `drop_last` leaves out an epoch's last microbatch
+    if it is not full. `prefetch`: batches made ready ahead, in a thread.
     """
     split = data["train"]
-    read = read_data(
-        split,
-        tokenizer,
-        max_length=max_length,
-        seed=seed,
-        completion_only_loss=completion_only_loss,
-        assistant_only_loss=assistant_only_loss,
-        text_field=text_field,
-        progress=progress,
-        what="train",
-    )
     return _feed(
-        read,
+        read_data(split, tokenizer, reading=reading, what="train"),
         packed=bool(split.get("pack")),
         rows_per_step=rows_per_step,
         accumulation=accumulation,
         epochs=epochs,
-        seed=seed if shuffle_rows else None,
+        seed=reading.seed if shuffle_rows else None,
         drop_last=drop_last,
         prefetch=prefetch,
     )
 
 
 def eval_feed(
-    data: Mapping[str, Any],
-    tokenizer: Any,
-    *,
-    max_length: int | None,
-    rows_per_step: int,
-    seed: int = 0,
-    completion_only_loss: bool | None = None,
-    assistant_only_loss: bool = False,
-    text_field: str = "text",
-    prefetch: int = 0,
-    progress: Callable[[int], None] | None = None,
+    data: Mapping[str, Any], tokenizer: Any, *, reading: Reading, rows_per_step: int, prefetch: int = 0
 ) -> Feed:
     """Batches [1, B, L] of `data.validation`, once through, in the order stored; what is trained is settled as for
     `data.train`.
 
-    `seed` is for the entries that ask for a shuffled sample. For another pass, `set_state` to the state before the
-    first batch.
+    For another pass, `set_state` to the state before the first batch.
     """
     split = dict(data["validation"])
     for key in ("collator_name", "train_target"):
         split[key] = split.get(key) or data["train"].get(key)
     split["collator_kwargs"] = split.get("collator_kwargs") or data["train"].get("collator_kwargs")
-    read = read_data(
-        split,
-        tokenizer,
-        max_length=max_length,
-        seed=seed,
-        completion_only_loss=completion_only_loss,
-        assistant_only_loss=assistant_only_loss,
-        text_field=text_field,
-        progress=progress,
-        what="validation",
-    )
     return _feed(
-        read,
+        read_data(split, tokenizer, reading=reading, what="validation"),
         packed=bool(split.get("pack")),
         rows_per_step=rows_per_step,
         accumulation=1,
@@ -168,11 +128,10 @@ def _feed(
         batches=Batches(batches, fingerprint=fingerprint, name_of=data.name_of),
         steps=steps,
         steps_per_epoch=len(steps_of_epoch),
-        counts=data.counts,
+        data=data,
         longest=longest,
         longest_document=int(lengths.max()),
         useful=useful,
-        notices=data.notices,
     )
 
 

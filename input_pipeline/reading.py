@@ -30,6 +30,21 @@ _COLLATOR_KWARGS = (  # of the collators whose masks are found from the template
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How rows become tokens, for every split: rows longer than `max_length` lose their end; `seed` is for the entries
+    that ask for a shuffled sample; which tokens are trained; the field of rows that are plain text; and `progress` is
+    told how many rows were tokenised since its last call.
+    """
+
+    max_length: int | None
+    seed: int
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    text_field: str = "text"
+    progress: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """The tokenised rows of a split, and where each came from."""
 
@@ -45,18 +60,7 @@ class Data:
         return self.datasets[dataset].rows.where(index)
 
 
-def read_data(
-    split: Mapping[str, Any],
-    tokenizer: Any,
-    *,
-    max_length: int | None,
-    seed: int,
-    completion_only_loss: bool | None = None,
-    assistant_only_loss: bool = False,
-    text_field: str = "text",
-    progress: Callable[[int], None] | None = None,
-    what: str = "train",
-) -> Data:
+def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Data:
     """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
     if split.get("stream"):
         raise NotImplementedError(f"not implemented yet: data.{what}.stream")
@@ -64,15 +68,18 @@ def read_data(
     entries = [Entry.of(entry) for entry in split["datasets"]]
     if not entries:
         raise ValueError(f"data.{what}.datasets is empty; name at least one dataset")
-    datasets = tuple(open_dataset(entry, skip_bad_rows=skip, text_field=text_field) for entry in entries)
+    datasets = tuple(open_dataset(entry, skip_bad_rows=skip, text_field=reading.text_field) for entry in entries)
     mask = loss_mask(
-        split, completion_only_loss=completion_only_loss, assistant_only_loss=assistant_only_loss, what=what
+        split,
+        completion_only_loss=reading.completion_only_loss,
+        assistant_only_loss=reading.assistant_only_loss,
+        what=what,
     )
     encoder = Encoder(
         datasets=datasets,
         masks=tuple(_mask_of(dataset, mask) for dataset in datasets),
         template=Template(tokenizer),
-        max_length=max_length,
+        max_length=reading.max_length,
         skip_bad_rows=skip,
         required=_required(split.get("collator_kwargs") or {}, what),
     )
@@ -81,19 +88,20 @@ def read_data(
         datasets,
         strategy=split.get("mixture_strategy") or "first_exhausted",
         split_seed=split.get("seed"),
-        seed=seed,
+        seed=reading.seed,
     )
     workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
-    store, counts, notices = tokenize_rows(encoder, picks, workers=workers, progress=progress)
+    store, counts, notices = tokenize_rows(encoder, picks, workers=workers, progress=reading.progress)
     if not len(store):
         names = ", ".join(dataset.rows.name for dataset in datasets)
         raise ValueError(
             f"{what} dataset {names} has 0 usable rows (read {counts.read}, bad {counts.bad},"
-            f" without a trained token within max_length {max_length}: {counts.untrained})"
+            f" without a trained token within max_length {reading.max_length}: {counts.untrained})"
         )
     remarks = (*(note for dataset in datasets for note in dataset.notices), *notices)
     longest = int(store.lengths.max())
-    return Data(store=store, counts=counts, datasets=datasets, max_length=max_length or longest, notices=remarks)
+    allowed = reading.max_length or longest
+    return Data(store=store, counts=counts, datasets=datasets, max_length=allowed, notices=remarks)
 
 
 def loss_mask(

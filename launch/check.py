@@ -34,7 +34,7 @@ def run(loaded: Loaded) -> None:
         validation.batches.close()
     plan = schedule_of(config, feed)
     learning_rate = learning_rate_of(config, plan.steps)
-    counts, needed = feed.counts, memory(config, mesh, model, feed, learning_rate)
+    counts, needed = feed.data.counts, memory(config, mesh, model, feed, learning_rate)
     count = assemble.parameter_count(model)
     share = "" if count.trained == count.total else f", {count.trained:,} of them trained"
     found = [

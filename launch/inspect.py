@@ -4,7 +4,7 @@ from configs.load import Loaded
 from input_pipeline.inspect import print_histogram, print_row
 from input_pipeline.reading import read_data
 from launch import assemble
-from launch.train import masking
+from launch.train import reading_of
 
 
 def run(loaded: Loaded, *, rows: int, split: str) -> None:
@@ -17,7 +17,7 @@ def run(loaded: Loaded, *, rows: int, split: str) -> None:
     if not config.data[split].datasets:
         raise ValueError(f"data.{split}.datasets is empty")
     tokenizer = assemble.open_model(config).tokenizer
-    data = read_data(config.data[split], tokenizer, seed=config.training.data_seed, what=split, **masking(config))
+    data = read_data(config.data[split], tokenizer, reading=reading_of(config), what=split)
     console = Console()
     for row in range(min(rows, len(data.store))):
         print_row(console, data, row, tokenizer)

@@ -15,8 +15,8 @@ from models import hub, weights
 from models.adapter import base_of, find_adapter, join_adapter
 from models.decoder import DecoderConfig, Params, abstract_params
 from models.families import decoder_config
+from models.generate import Sampling, stop_ids_of, stream
 from models.generate import generate as generate_ids
-from models.generate import stop_ids_of, stream
 from models.sharding import make_mesh, parameter_shardings
 
 
@@ -28,6 +28,11 @@ class Options(NamedTuple):
     top_k: int
     top_p: float
     seed: int
+
+    def drawn(self, *, after: int = 0) -> dict[str, Any]:
+        """What `generate` and `stream` are told; every message that went before changes the seed."""
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        return {"max_new_tokens": self.max_new_tokens, "sampling": sampling, "seed": self.seed + after}
 
 
 class Talker(NamedTuple):
@@ -71,7 +76,7 @@ def generate(name: str, prompts: Sequence[str], *, system: str | None, options: 
     """Print the answer to each prompt, under the prompt where there are several."""
     talker = open_talker(name)
     ids = [talker.prompt_ids([*_system(system), {"role": "user", "content": prompt}]) for prompt in prompts]
-    answers = generate_ids(talker.params, talker.config, ids, stop_ids=talker.stop_ids, **options._asdict())
+    answers = generate_ids(talker.params, talker.config, ids, stop_ids=talker.stop_ids, **options.drawn())
     for prompt, answer in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
             print(f"> {prompt}")
@@ -90,7 +95,7 @@ def chat(name: str, *, system: str | None, options: Options, ask: Callable[[str]
             talker.config,
             talker.prompt_ids(messages),
             stop_ids=talker.stop_ids,
-            **options._replace(seed=options.seed + len(messages))._asdict(),
+            **options.drawn(after=len(messages)),
         )
         answer: list[int] = []
         shown = ""

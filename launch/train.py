@@ -17,7 +17,7 @@ from configs import derived
 from configs.load import Loaded, dump, plain
 from input_pipeline.inspect import print_row
 from input_pipeline.pipeline import Feed, eval_feed, train_feed
-from input_pipeline.reading import read_data
+from input_pipeline.reading import Reading
 from launch import assemble, distributed
 from launch.assemble import Model
 from launch.export import Described, write_adapter, write_model
@@ -85,7 +85,7 @@ def _train(
         if training.log_model_summary:
             progress.note(assemble.summary(model, mesh))
         if training.log_examples:
-            progress.note(_examples(config, model))
+            progress.note(_examples(feed, model))
         parts = Run(
             step=step,
             frozen=frozen,
@@ -154,12 +154,11 @@ def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
         rows_per_step=rows_per_step(config, mesh),
         accumulation=training.gradient_accumulation_steps,
         epochs=training.num_train_epochs if training.max_steps <= 0 else None,
-        seed=training.data_seed,
+        reading=reading_of(config),
         shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
         drop_last=training.trainer_kwargs.dataloader_drop_last,
-        **masking(config),
     )
-    for notice in (*feed.notices, optim.notice(training.optimizer)):
+    for notice in (*feed.data.notices, optim.notice(training.optimizer)):
         if notice:
             log.info(notice)
     return feed
@@ -316,10 +315,9 @@ def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None
         config.data,
         model.tokenizer,
         rows_per_step=config.training.per_device_eval_batch_size * replicas(mesh),
-        seed=config.training.data_seed,
-        **masking(config),
+        reading=reading_of(config),
     )
-    for notice in validation.notices:
+    for notice in validation.data.notices:
         log.info(notice)
     return validation
 
@@ -337,15 +335,16 @@ def _evaluation(validation: Feed | None) -> Callable[[], Iterator[Any]] | None:
     return again
 
 
-def masking(config: ConfigDict) -> dict[str, Any]:
-    """What `train_feed`, `eval_feed` and `read_data` are told of which tokens are trained, and of the longest row."""
+def reading_of(config: ConfigDict) -> Reading:
+    """How rows become tokens: the longest row, which tokens are trained."""
     kwargs = config.training.trainer_kwargs
-    return {
-        "max_length": derived.max_length(config),
-        "completion_only_loss": kwargs.completion_only_loss,
-        "assistant_only_loss": kwargs.assistant_only_loss,
-        "text_field": kwargs.dataset_text_field,
-    }
+    return Reading(
+        max_length=derived.max_length(config),
+        seed=config.training.data_seed,
+        completion_only_loss=kwargs.completion_only_loss,
+        assistant_only_loss=kwargs.assistant_only_loss,
+        text_field=kwargs.dataset_text_field,
+    )
 
 
 def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> Throughput:
@@ -356,7 +355,7 @@ def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> 
         layers=model.config.layers,
         heads=model.config.heads,
         head_dim=model.config.head_width,
-        context=feed.counts.tokens / max(feed.counts.used, 1),
+        context=feed.data.counts.tokens / max(feed.data.counts.used, 1),
     )
     device = mesh.devices.flat[0]
     return Throughput(
@@ -370,7 +369,7 @@ def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> 
 
 def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: Schedule, start: int) -> str:
     """What the log begins with."""
-    parameters, counts = assemble.parameter_count(model), feed.counts
+    parameters, counts = assemble.parameter_count(model), feed.data.counts
     data = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
     refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
     data += "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
@@ -394,27 +393,25 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
     )
 
 
-def _examples(config: ConfigDict, model: Model) -> str:
+def _examples(feed: Feed, model: Model) -> str:
     """The first rows of the training data, token by token, as `einkorn inspect` shows them."""
     console = Console(file=io.StringIO(), width=120)
-    seed = config.training.data_seed
-    data = read_data(config.data.train, model.tokenizer, seed=seed, what="train", **masking(config))
-    for row in range(min(3, len(data.store))):
-        print_row(console, data, row, model.tokenizer, ids=True)
+    for row in range(min(3, len(feed.data.store))):
+        print_row(console, feed.data, row, model.tokenizer, ids=True)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample], folder: Path) -> Path:
     """The page that shows what the run did; reported beside the model."""
-    total = assemble.parameter_count(model).total
+    total, counts = assemble.parameter_count(model).total, feed.data.counts
     return write_report(
         folder,
         title=derived.run_name(config) or f"{config.training.trainer_type} of {Path(config.model.model_name).name}",
-        subtitle=f"{total:,} parameters, {feed.counts.used:,} rows, {feed.counts.tokens:,} tokens in an epoch",
+        subtitle=f"{total:,} parameters, {counts.used:,} rows, {counts.tokens:,} tokens in an epoch",
         config_text=dump(config),
         environment=describe_environment(),
         samples=samples,
-        counts={"train": feed.counts._asdict()},
+        counts={"train": counts._asdict()},
         commands=(f"vllm serve {folder}", f"einkorn chat -m {folder}"),
     )
 

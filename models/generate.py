@@ -30,6 +30,9 @@ class Sampling(NamedTuple):
     top_p: float
 
 
+GREEDY = Sampling(0.0, 0, 1.0)
+
+
 class _Rows(NamedTuple):
     """Where every row stands: its cache, the last token, that token's position, and what it draws from."""
 
@@ -46,16 +49,13 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     compute: Compute | None = None,
 ) -> list[list[int]]:
     """The new token ids of every prompt, up to and without the first stop id, at most `max_new_tokens` of them."""
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    sampling = Sampling(temperature, top_k, top_p)
     for block_BT in _blocks(params, config, prompts, max_new_tokens, sampling, seed, compute, BLOCK):
         for row in sorted(open_rows):
             new, stopped = _until_stop(block_BT[row].tolist(), stop_ids)
@@ -74,14 +74,11 @@ def stream(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     compute: Compute | None = None,
 ) -> Iterator[int]:
     """The new token ids of one prompt, one by one as they are drawn."""
-    sampling = Sampling(temperature, top_k, top_p)
     for block_BT in _blocks(params, config, [prompt], max_new_tokens, sampling, seed, compute, 1):
         new, stopped = _until_stop(block_BT[0].tolist(), stop_ids)
         yield from new

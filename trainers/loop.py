@@ -35,11 +35,11 @@ class Diverged(RuntimeError):
 
 
 class _Found(NamedTuple):
-    """What a step found, not yet looked at, and where its rows came from."""
+    """What a step found, not yet looked at, and the rows it was made with."""
 
     step: int
     metrics: dict[str, jax.Array]
-    rows: list[str]
+    rows: tuple[int, ...]
 
 
 class _Mean(NamedTuple):
@@ -86,7 +86,7 @@ class Schedule:
 
 @dataclass
 class Run:
-    """The parts of one run. `batches` gives host batches of all processes and has get_state and set_state; `evaluation`
+    """The parts of one run. `batches` is an `input_pipeline.batches.Batches` of all processes; `evaluation`
     makes a fresh iterator over the validation split. `meta` is saved with every checkpoint."""
 
     step: Step
@@ -122,7 +122,7 @@ def train(run: Run, state: TrainState) -> TrainState:
             state, found = run.step.train(state, run.frozen, batch)
             done += 1
             _judge(run, before)
-            before = _Found(done, found, run.batches.rows())
+            before = _Found(done, found, run.batches.rows)
             tokens = int(np.count_nonzero(host["segments"]))
             run.tokens_seen += tokens
             run.meter.step(tokens=tokens, rows=int(host["segments"].any(axis=-1).sum()))
@@ -207,7 +207,9 @@ def _judge(run: Run, found: _Found | None) -> None:
     run.checkpoints.wait()
     saved = run.checkpoints.steps()
     good = f"checkpoint-{saved[-1]} is the last good one" if saved else "there is no checkpoint"
-    rows = ", ".join(found.rows[:8]) + (f" and {len(found.rows) - 8} more" if len(found.rows) > 8 else "")
+    rows = ", ".join(map(run.batches.name_of, found.rows[:8])) + (
+        f" and {len(found.rows) - 8} more" if len(found.rows) > 8 else ""
+    )
     loss, norm = float(found.metrics["loss"]), float(found.metrics["grad_norm"])
     raise Diverged(
         f"step {found.step} gave loss {loss} and gradient norm {norm}, and was not applied; {good}. Its rows: {rows}. "

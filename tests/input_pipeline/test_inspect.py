@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from input_pipeline.inspect import length_histogram, print_histogram, print_row, view_row
-from input_pipeline.reading import read_data
+from input_pipeline.reading import Reading, read_data
 
 ROWS = [
     {"messages": [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "you " * words}]}
@@ -20,7 +20,7 @@ def data(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     split = {"datasets": [{"dataset_name": "text_sft", "dataset_path": str(path)}]}
-    return read_data(split, tokenizer, max_length=160, seed=0, assistant_only_loss=True)
+    return read_data(split, tokenizer, reading=Reading(max_length=160, seed=0, assistant_only_loss=True))
 
 
 def test_a_row_is_shown_token_by_token_with_what_is_in_the_loss(data, tokenizer):
@@ -47,3 +47,11 @@ def test_printing_colours_the_trained_tokens_and_names_the_row(data, tokenizer):
     assert f"row 1 of {data.datasets[0].rows.name}" in text.replace("\n", "")
     assert "\x1b[1;32myou" in text
     assert "5 of 5 rows used" in text
+
+
+def test_where_there_is_no_colour_trained_tokens_stand_in_brackets(data, tokenizer):
+    console = Console(file=io.StringIO(), width=1000)
+    print_row(console, data, 0, tokenizer)
+    title, *lines = console.file.getvalue().splitlines()
+    assert title.endswith("3 trained: ⟦in these⟧")
+    assert "\n".join(lines).partition("⟦")[2] == "you<|im_end|>\n⟧"

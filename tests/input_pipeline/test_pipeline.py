@@ -1,5 +1,6 @@
 """From a data section to batches: whole arrays, every row once an epoch, and resuming bit for bit in every mode."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.pipeline import eval_feed, train_feed
-from input_pipeline.reading import loss_mask
+from input_pipeline.reading import Reading, loss_mask
 
 COMPLETIONS = "text_completions_only_with_padding"
 
@@ -42,7 +43,9 @@ def rows(tmp_path):
 
 def feed(data, tokenizer, **options):
     defaults = {"max_length": 256, "rows_per_step": 4, "accumulation": 2, "epochs": 2, "seed": 7, "prefetch": 0}
-    return train_feed(data, tokenizer, **(defaults | options))
+    asked = defaults | options
+    names = {field.name for field in dataclasses.fields(Reading)} & set(asked)
+    return train_feed(data, tokenizer, reading=Reading(**{name: asked.pop(name) for name in names}), **asked)
 
 
 def documents(batch):
@@ -76,8 +79,8 @@ def test_a_batch_is_what_the_rows_say(tokenizer, tmp_path):
     assert batch["segments"][..., :5].tolist() == [[[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], [[0] * 5] * 2]
     assert batch["positions"][..., :5].tolist() == [[[0, 1, 2, 3, 0], [0, 1, 0, 0, 0]], [[0] * 5] * 2]
     assert not any(array[..., 5:].any() for array in batch.values())
-    assert made.counts == (2, 2, 0, 0, 0, 6, 3)
-    assert made.batches.rows() == [f"row 1 of {path}", f"row 2 of {path}"]
+    assert made.data.counts == (2, 2, 0, 0, 0, 6, 3)
+    assert [made.batches.name_of(row) for row in made.batches.rows] == [f"row 1 of {path}", f"row 2 of {path}"]
 
 
 @pytest.mark.parametrize(("rows_per_step", "accumulation"), [(1, 1), (4, 1), (4, 2), (6, 3), (12, 2), (30, 5)])
@@ -229,7 +232,7 @@ def test_over_long_rows_are_cut_and_those_left_without_a_trained_token_dropped_a
     path = write(tmp_path / "rows.jsonl", [chat(1), chat(2, 40), long_question])
     split = {"collator_name": COMPLETIONS, "train_target": "ALL_ASSISTANT_TURNS"}
     made = feed(section(path, **split), tokenizer, max_length=40, epochs=1)
-    assert made.counts._asdict() | {"tokens": 0, "trained_tokens": 0} == {
+    assert made.data.counts._asdict() | {"tokens": 0, "trained_tokens": 0} == {
         "read": 3,
         "used": 2,
         "bad": 0,
@@ -240,8 +243,8 @@ def test_over_long_rows_are_cut_and_those_left_without_a_trained_token_dropped_a
     }
     (batch,) = made.batches
     assert batch["tokens"].shape == (2, 2, 40)
-    assert made.counts.tokens == (batch["segments"] > 0).sum()
-    assert made.counts.trained_tokens == batch["weights"].sum()
+    assert made.data.counts.tokens == (batch["segments"] > 0).sum()
+    assert made.data.counts.trained_tokens == batch["weights"].sum()
 
 
 def test_without_a_longest_length_nothing_is_cut(tokenizer, tmp_path):
@@ -249,7 +252,7 @@ def test_without_a_longest_length_nothing_is_cut(tokenizer, tmp_path):
     made = feed(section(path), tokenizer, max_length=None, epochs=1)
     (batch,) = made.batches
     assert batch["tokens"].shape[-1] == max(len(ids) for ids in self_tokens(tokenizer, path)) == made.longest
-    assert made.counts.over_long == 0
+    assert made.data.counts.over_long == 0
 
 
 def test_a_bad_row_is_an_error_or_skipped_and_counted(tokenizer, tmp_path):
@@ -258,9 +261,9 @@ def test_a_bad_row_is_an_error_or_skipped_and_counted(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"rows\.jsonl:2:15: not valid JSON"):
         feed(section(path), tokenizer)
     made = feed(section(path, on_bad_row="skip"), tokenizer)
-    assert (made.counts.read, made.counts.used, made.counts.bad) == (3, 1, 2)
+    assert (made.data.counts.read, made.data.counts.used, made.data.counts.bad) == (3, 1, 2)
     reason = "not valid JSON (Expecting ',' delimiter): {\"messages\": 1"
-    assert made.notices == (f"skipped 2 bad rows; the first: {path}:2:15: {reason}",)
+    assert made.data.notices == (f"skipped 2 bad rows; the first: {path}:2:15: {reason}",)
 
 
 def test_no_usable_row_is_an_error_that_counts_them(tokenizer, tmp_path):
@@ -286,7 +289,7 @@ def test_several_processes_tokenise_to_the_same_rows(tokenizer, tmp_path):
     data["train"]["datasets"][0]["transform_num_workers"] = 2
     two = feed(data, tokenizer)
     assert one.batches.get_state() == two.batches.get_state()
-    assert one.counts == two.counts
+    assert one.data.counts == two.data.counts
     assert sum(heard) == 1200
 
 
@@ -301,7 +304,7 @@ def test_samples_of_several_datasets_follow_each_other(tokenizer, tmp_path):
     made = feed(data, tokenizer, rows_per_step=8, epochs=1, shuffle_rows=False)
     next(made.batches)
     names = [f"row {n} of {path}" for n, path in [(2, first), (3, first), (1, second), (2, second), (1, second)]]
-    assert made.batches.rows() == names
+    assert [made.batches.name_of(row) for row in made.batches.rows] == names
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_collator_settings_that_say_nothing_are_refused():
 def test_templates_of_the_collator_must_occur_in_the_chat(tokenizer, rows):
     split = {"collator_name": COMPLETIONS, "train_target": "ALL_ASSISTANT_TURNS"}
     fine = feed(section(rows, collator_kwargs={"response_template": "<|im_start|>assistant\n"}, **split), tokenizer)
-    assert fine.counts.used == 11
+    assert fine.data.counts.used == 11
     with pytest.raises(
         ValueError, match=r"row 1 of .*: the template string '\[/INST\]' does not occur in the rendered"
     ):
@@ -359,19 +362,21 @@ def test_a_dataset_can_ask_for_assistant_turns_by_itself(tokenizer, rows):
     every, assistant = feed(section(rows), tokenizer), feed(data, tokenizer)
     split = {"collator_name": COMPLETIONS, "train_target": "ALL_ASSISTANT_TURNS"}
     only = feed(section(rows, **split), tokenizer)
-    assert assistant.counts.trained_tokens == every.counts.trained_tokens + only.counts.trained_tokens
+    assert assistant.data.counts.trained_tokens == every.data.counts.trained_tokens + only.data.counts.trained_tokens
 
 
 def test_evaluation_goes_once_through_in_order_and_again_from_its_first_state(tokenizer, rows):
     data = section(rows, collator_name=COMPLETIONS, train_target="ALL_ASSISTANT_TURNS")
-    made = eval_feed(data, tokenizer, max_length=256, rows_per_step=4)
+    made = eval_feed(data, tokenizer, reading=Reading(max_length=256, seed=0), rows_per_step=4)
     assert (made.steps, made.steps_per_epoch) == (3, 3)
     start = made.batches.get_state()
     once = list(made.batches)
     assert [batch["tokens"].shape[:2] for batch in once] == [(1, 4)] * 3
     seen = list(itertools.chain.from_iterable(map(documents, once)))
     assert seen == [tuple(ids.tolist()) for ids in self_tokens(tokenizer, rows)]
-    assert sum(batch["weights"].sum() for batch in once) == made.counts.trained_tokens < made.counts.tokens - 11
+    assert (
+        sum(batch["weights"].sum() for batch in once) == made.data.counts.trained_tokens < made.data.counts.tokens - 11
+    )
     made.batches.set_state(start)
     assert_same(list(made.batches), once)
 

@@ -66,7 +66,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_their_lengths(tiny):
 
 def test_streaming_draws_the_same_tokens_as_a_batch(tiny):
     params, config = tiny
-    options = {"max_new_tokens": 20, "stop_ids": (), "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    options = {"max_new_tokens": 20, "stop_ids": (), "sampling": Sampling(1.0, 0, 0.9), "seed": 3}
     assert list(stream(params, config, [5, 6, 7], **options)) == generate(params, config, [[5, 6, 7]], **options)[0]
 
 
@@ -74,7 +74,8 @@ def test_seeds_differ_and_repeat(tiny):
     params, config = tiny
 
     def draw(seed: int) -> list[int]:
-        return generate(params, config, [[5, 6]], max_new_tokens=16, stop_ids=(), temperature=1.0, seed=seed)[0]
+        sampling = Sampling(1.0, 0, 1.0)
+        return generate(params, config, [[5, 6]], max_new_tokens=16, stop_ids=(), sampling=sampling, seed=seed)[0]
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -101,7 +102,8 @@ def test_samples_follow_the_distribution(tiny):
     """4,000 rows with the same prompt: frequencies of the next token within five standard errors."""
     params, config = tiny
     rows = 4000
-    drawn = generate(params, config, [[5, 6, 7]] * rows, max_new_tokens=1, stop_ids=(), temperature=0.7, seed=0)
+    sampling = Sampling(0.7, 0, 1.0)
+    drawn = generate(params, config, [[5, 6, 7]] * rows, max_new_tokens=1, stop_ids=(), sampling=sampling, seed=0)
     from models.decoder import Compute, head, hidden_states
 
     tokens = jnp.array([[5, 6, 7]], jnp.int32)
