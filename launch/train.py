@@ -31,7 +31,7 @@ from trainers.environment import describe_environment
 from trainers.loop import Every, Run, Schedule
 from trainers.loop import train as run_loop
 from trainers.metrics import Metrics
-from trainers.progress import Progress, final_block, start_block
+from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
 from trainers.sft import sft_loss
@@ -141,6 +141,7 @@ def _train(
                 values={},
                 report=report,
                 exported=training.save_final_model,
+                adapter_of=_adapter_of(config, model),
             )
         )
 
@@ -412,8 +413,13 @@ def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample],
         environment=describe_environment(),
         samples=samples,
         counts={"train": counts._asdict()},
-        commands=(f"vllm serve {folder}", f"einkorn chat -m {folder}"),
+        commands=(serve_command(folder, _adapter_of(config, model)), f"einkorn chat -m {folder}"),
     )
+
+
+def _adapter_of(config: ConfigDict, model: Model) -> str | None:
+    """The name of the model beside which the output folder's adapter stands; None where the folder is a model."""
+    return None if model.lora is None or config.peft.peft_save_mode == "MERGED" else model.base
 
 
 def _wandb(config: ConfigDict, meta: dict[str, Any]) -> dict[str, Any]:

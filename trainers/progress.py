@@ -154,18 +154,29 @@ def final_block(
     values: Mapping[str, Any],
     report: str | Path | None,
     exported: bool,
+    adapter_of: str | None = None,
 ) -> str:
-    """What a run has done, where its model lies, and what loads it. `values`: last metrics, such as loss."""
+    """What a run has done, where its model lies, and what loads it. `values`: last metrics, such as loss; `adapter_of`:
+    the model that an exported adapter belongs to.
+    """
     folder = Path(output_dir)
     rows = [("model", str(folder) if exported else "not exported (training.save_final_model is false)")]
     if report is not None:
         rows.append(("report", str(report)))
     if exported:
-        load = f"AutoModelForCausalLM.from_pretrained({json.dumps(str(folder))})"
-        command = shlex.quote(f"from transformers import AutoModelForCausalLM; {load}")
-        rows += [("load it", f"python -c {command}"), ("serve it", f"vllm serve {shlex.quote(str(folder))}")]
+        library, kind = ("transformers", "AutoModelForCausalLM") if adapter_of is None else ("peft", "AutoPeftModel")
+        command = f"from {library} import {kind}; {kind}.from_pretrained({json.dumps(str(folder))})"
+        rows += [("load it", f"python -c {shlex.quote(command)}"), ("serve it", serve_command(folder, adapter_of))]
     numbers = "".join(f", {text}" for text in metric_texts(values))
     return _table(f"Done: {steps:,} steps in {duration(seconds)}{numbers}", rows)
+
+
+def serve_command(folder: Path, adapter_of: str | None) -> str:
+    """The command that serves what lies in a folder, a model or an adapter of one."""
+    if adapter_of is None:
+        return f"vllm serve {shlex.quote(str(folder))}"
+    module = shlex.quote(f"{folder.name}={folder}")
+    return f"vllm serve {shlex.quote(adapter_of)} --enable-lora --lora-modules {module}"
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:

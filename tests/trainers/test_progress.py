@@ -158,3 +158,11 @@ def test_exit_codes_are_those_that_launchers_know():
         "HUNG": 43,
         "INTERRUPTED": 130,
     }
+
+
+def test_the_final_block_of_an_adapter_names_the_model_it_belongs_to():
+    block = final_block(
+        output_dir="runs/it", steps=1, seconds=1.0, values={}, report=None, exported=True, adapter_of="some/model"
+    )
+    assert "from peft import AutoPeftModel; AutoPeftModel.from_pretrained" in block
+    assert "vllm serve some/model --enable-lora --lora-modules it=runs/it" in block
