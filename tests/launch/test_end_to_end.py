@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,25 @@ def state_of(checkpoint: Path) -> dict[str, bytes]:
         found = restore_part(checkpoint, part, wanted)
         arrays |= {f"{part}/{name}": np.asarray(value).tobytes() for name, value in found.items()}
     return arrays
+
+
+def test_an_optimizer_of_the_users_trains_and_goes_on_bit_for_bit(files, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import optax\n\n\ndef lamb(learning_rate, decayed):\n"
+        "    return optax.lamb(learning_rate, weight_decay=0.1, mask=decayed)\n"
+    )
+    own = {"optimizer": f"{tmp_path}/own.py:lamb", "save_steps": 5, "max_steps": 10, "eval_strategy": "no"}
+    words = ["train", "-c", str(files / "sft.yaml"), *(f"--training.{key}={value}" for key, value in own.items())]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    done = einkorn(*words, "--training.output_dir", str(straight))
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(straight / "checkpoint-5", resumed / "checkpoint-5")
+    done = einkorn(*words, f"--training.output_dir={resumed}", "--training.try_resume_from_last_checkpoint=true")
+    assert done.returncode == 0, done.stderr
+    assert "goes on from  checkpoint-5" in done.stdout
+    arrays = state_of(straight / "checkpoint-10")
+    assert arrays == state_of(resumed / "checkpoint-10")
+    assert "opt_state/0/mu/norm/scale" in arrays
 
 
 def test_the_output_folder_holds_what_it_should(straight):

@@ -14,7 +14,7 @@ from transformers.models.glm4 import modeling_glm4
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from models.families import Fields
+from models.families import Fields, decoder_config
 from models.rope import Rope, document_lengths, rope_config, rotate
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -271,6 +271,17 @@ def test_layers_of_each_type_rotate_as_in_transformers_in_older_files_and_new_on
         frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, layer_type=layer_type)
         assert off_by(rope.frequencies, frequencies).max() <= 2
         assert rope.factor == factor
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_decoder_of_layers_of_two_types_is_the_same_from_an_older_file(name):
+    config_class, older = LAYERED[name]
+    sizes = {"num_key_value_heads": 1, "max_position_embeddings": 65536, "head_dim": 64, "num_hidden_layers": 8}
+    written_now = config_class(**SMALL | sizes | older).to_diff_dict()
+    of_rotation = {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"}
+    written_then = {key: value for key, value in written_now.items() if key not in of_rotation} | older
+    assert decoder_config(written_then).each == decoder_config(written_now).each
+    assert len({layer.rope for layer in decoder_config(written_now).each}) == 2
 
 
 @pytest.mark.parametrize(
