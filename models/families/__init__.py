@@ -5,8 +5,8 @@ A family is one module with `config(fields) -> DecoderConfig`, `WEIGHTS` (path i
 `{i}` for the layer, `{e}` for the expert or head where that axis too is spread over several tensors) and `IGNORED`
 (patterns of tensors that carry nothing). It is found by `model_type`; adding one is a file here and a line below.
 
-Left out, since the decoder could compute them only with a branch for one family alone: mixtures of experts with ordinary
-MLPs between them (`mlp_only_layers`, `decoder_sparse_step` of Qwen's), OLMoE with `clip_qkv`, weights in MXFP4.
+Left out, since the decoder could compute them only with a branch for one family alone: mixtures of experts with
+ordinary MLPs between them (`mlp_only_layers`, `decoder_sparse_step` of Qwen's), OLMoE with `clip_qkv`, MXFP4 weights.
 """
 
 import importlib
