@@ -141,7 +141,8 @@ def routed_hidden_states(
 ) -> tuple[jax.Array, RouterStats | None]:
     """As `hidden_states`, and what the routers of all layers did, each leaf summed over them (None without experts)."""
     where = Where(positions_BL, positions_BL, segments_BL, segments_BL)
-    x_BLD, _, stats = _run(params, config, tokens_BL, where, compute, cache=None)
+    lengths_BL = document_lengths(positions_BL, segments_BL)
+    x_BLD, _, stats = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=None)
     return x_BLD, stats
 
 
@@ -153,14 +154,16 @@ def cached_hidden_states(
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
     compute: Compute,
+    lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """As `hidden_states` for new tokens that follow those in the cache; a position beyond the cache's slots is not
-    stored.
+    stored. `lengths_B` is how long each row's text now is, where padding makes its last position a later one.
     """
     B, S = cache.k.shape[1:3]
     slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (B, S))
     where = Where(positions_BL, slots_BS, jnp.ones_like(positions_BL), jnp.ones_like(slots_BS))
-    x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, compute, cache=cache)
+    lengths_BL = None if lengths_B is None else lengths_B[:, None]
+    x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=cache)
     assert new_cache is not None
     return x_BLD, new_cache
 
@@ -179,9 +182,15 @@ def head(params: Params, config: DecoderConfig) -> Head:
 
 
 def _run(
-    params: Params, config: DecoderConfig, tokens_BL: jax.Array, where: Where, compute: Compute, *, cache: Cache | None
+    params: Params,
+    config: DecoderConfig,
+    tokens_BL: jax.Array,
+    where: Where,
+    lengths_BL: jax.Array | None,
+    compute: Compute,
+    *,
+    cache: Cache | None,
 ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-    lengths_BL = None if cache is not None else document_lengths(where.q_positions_BL, where.q_segments_BL)
     road = Road(
         tables={
             rope: rope.tables(where.q_positions_BL, lengths_BL)

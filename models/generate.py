@@ -132,7 +132,13 @@ def _prefill(
     positions_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (B, L))
     cache = empty_cache(config, rows=B, slots=slots, dtype=compute.dtype)
     hidden_BLD, cache = cached_hidden_states(
-        params, config, cache, tokens_BL=tokens_BL, positions_BL=positions_BL, compute=compute
+        params,
+        config,
+        cache,
+        tokens_BL=tokens_BL,
+        positions_BL=positions_BL,
+        compute=compute,
+        lengths_B=lengths_B,
     )
     last_BD = jnp.take_along_axis(hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     token_B = _draw(head(params, config).logits(last_BD), key, lengths_B, sampling)

@@ -121,7 +121,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "olmo2": {"plain": {}, "biases": {"attention_bias": True, "num_key_value_heads": 1, **TIED}},
     "olmo3": {
         "windows": {"sliding_window": 8, "num_hidden_layers": 6},
-        "yarn": {"sliding_window": 8, "num_hidden_layers": 4, **rope("yarn", **YARN), **TIED},
+        "yarn": {
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {"rope_type": "yarn", "rope_theta": 1000.0, **YARN},
+            },
+            **TIED,
+        },
     },
     "smollm3": {
         "plain": {"num_hidden_layers": 5},

@@ -1,5 +1,6 @@
 """Generation: transformers' greedy tokens, and draws that depend on seed, row and position alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from models.config import DecoderConfig, Layer
+from models.decoder import init_params
 from models.families import decoder_config
 from models.generate import Sampling, _cut, generate, stop_ids_of, stream
+from models.rope import Longer, Rope
 from models.weights import load_params
 
 QUESTIONS = (
@@ -53,6 +57,30 @@ def test_the_real_smollm2_says_what_it_says_in_transformers(smollm2_folder):
     for answer, row in zip(answers, full[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
         stops = [i for i, token in enumerate(row) if token in stop_ids]
         assert answer == row[: stops[0] if stops else None]
+
+
+def test_a_short_prompt_beside_one_beyond_the_trained_context_rotates_as_a_short_one():
+    short, long = (tuple(scale * 10.0 ** -(p / 4) for p in range(4)) for scale in (1.0, 0.2))
+    config = DecoderConfig(
+        vocabulary=64,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        head_width=8,
+        mlp_width=48,
+        activation="silu",
+        norm_eps=1e-5,
+        tied_head=True,
+        initializer_range=0.5,
+        each=(Layer(None, Rope(short, beyond=Longer(16, long))),) * 2,
+    )
+    params = init_params(jax.random.key(0), config, dtype=jnp.float32)
+    prompts = [[5, 6, 7, 8, 9, 10], list(range(10, 50))]
+    together = generate(params, config, prompts, max_new_tokens=8, stop_ids=())
+    apart = [generate(params, config, [prompt], max_new_tokens=8, stop_ids=())[0] for prompt in prompts]
+    assert together == apart
+    plain = dataclasses.replace(config, each=(Layer(None, Rope(short)),) * 2)
+    assert apart[0] == generate(params, plain, [prompts[0]], max_new_tokens=8, stop_ids=())[0]
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_their_lengths(tiny):
