@@ -130,7 +130,7 @@ def compare(sample: Sample, *, theirs32: Measured, theirs16: Measured, ours32: M
         row(
             f"gradient norm, {worst}",
             ALLOWED["gradient"],
-            lambda a, b: _apart(a.gradient.get(worst), b.gradient[worst]),
+            lambda a, b: _apart(a.gradient.get(worst), b.gradient.get(worst)),
         ),
         row(
             f"greedy tokens, of {sample.new * len(sample.prompts)}",
@@ -170,8 +170,8 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def _apart(a: float | None, b: float) -> float:
-    return math.nan if a is None else abs(a - b) / max(abs(b), 1e-30)
+def _apart(a: float | None, b: float | None) -> float:
+    return math.nan if a is None or b is None else abs(a - b) / max(abs(b), 1e-30)
 
 
 def _norm(gradient: Mapping[str, float]) -> float:

@@ -22,14 +22,13 @@ def measure_transformers(folder: Path, sample: Sample, dtypes: Sequence[str]) ->
 
     Raises ValueError where transformers itself finds weights missing and would draw them at random.
     """
-    path_of = _paths_by_name(folder)
     for dtype in dtypes:
         model = _load(folder, getattr(torch, dtype))
         with torch.no_grad():
             short = _last_logits(model, sample.text[: sample.shown], sample.shown)
             long = _last_logits(model, sample.text, sample.shown)
             continued = [_continue(model, prompt, sample.new) for prompt in sample.prompts]
-        loss, gradient = _loss_and_norms(model, sample.trained, path_of)
+        loss, gradient = _loss_and_norms(model, sample.trained, _paths_by_name(model, folder))
         del model
         gc.collect()  # modules refer to one another in circles: without this the next one is loaded beside them
         tokens, margins = zip(*continued, strict=True)
@@ -42,13 +41,22 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     model, info = load(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder}: transformers finds no {', '.join(missing[:3])} in it, and would draw it at random")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # else torch leaves out the gradient of the padding token where a text has it
     return model.eval()
 
 
-def _paths_by_name(folder: Path) -> dict[str, str]:
-    """Our path of each tensor that belongs to no layer, by its name in transformers."""
+def _paths_by_name(model: Any, folder: Path) -> dict[str, str]:
+    """Our path of each parameter that belongs to no layer, by its name in transformers, which is that of its tensor in
+    the files, but for some heads, as GPT-NeoX's.
+    """
     table = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8"))).WEIGHTS
-    return {name: path for path, name in table.items() if not path.startswith("layers/")}
+    path_of = {name: path for path, name in table.items() if not path.startswith("layers/")}
+    ends = {"head/kernel": model.get_output_embeddings(), "embed/embedding": model.get_input_embeddings()}
+    for path, module in ends.items():  # a tied head comes out as the embedding
+        path_of |= {name: path for name, parameter in model.named_parameters() if parameter is module.weight}
+    return path_of
 
 
 def _last_logits(model: Any, ids: Sequence[int], last: int) -> np.ndarray:
@@ -70,9 +78,9 @@ def _continue(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], l
 
 
 def _loss_and_norms(model: Any, ids: Sequence[int], path_of: dict[str, str]) -> tuple[float, dict[str, float]]:
-    """Mean loss of every next token, and norms of its gradient by layer number or path; the gradient is dropped."""
-    logits_LV = model(torch.tensor([ids]), use_cache=False).logits[0].float()
-    loss = torch.nn.functional.cross_entropy(logits_LV[:-1], torch.tensor(ids[1:]))
+    """The loss of training, and norms of its gradient by layer number or path; the gradient itself is dropped."""
+    tokens_BL = torch.tensor([ids])
+    loss = model(tokens_BL, labels=tokens_BL, use_cache=False).loss
     loss.backward()
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
