@@ -41,9 +41,6 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     model, info = load(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder}: transformers finds no {', '.join(missing[:3])} in it, and would draw it at random")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.padding_idx = None  # else torch leaves out the gradient of the padding token where a text has it
     return model.eval()
 
 

@@ -61,6 +61,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     experts: Any = None  # a models.moe.Experts: a mixture in the place of the MLP
     # Stream and vocabulary
+    padding_token: int | None = None  # its lookup has no gradient, as in torch's Embedding(padding_idx=…)
     learned_positions: int = 0  # rows of a table of positions that is added to the embedding
     embed_scale: float = 1.0
     residual_scale: float = 1.0

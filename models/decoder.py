@@ -225,6 +225,8 @@ def _embedded(
     params: Params, config: DecoderConfig, tokens_BL: jax.Array, positions_BL: jax.Array, dtype: Any
 ) -> jax.Array:
     x_BLD = params["embed"]["embedding"][tokens_BL].astype(dtype)
+    if config.padding_token is not None:
+        x_BLD = jnp.where((tokens_BL == config.padding_token)[:, :, None], jax.lax.stop_gradient(x_BLD), x_BLD)
     if config.embed_scale != 1.0:
         x_BLD = x_BLD * jnp.asarray(config.embed_scale, dtype)
     if config.learned_positions:

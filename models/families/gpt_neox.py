@@ -34,6 +34,7 @@ def config(fields: Fields) -> DecoderConfig:
     return llama.plain(
         fields,
         eps="layer_norm_eps",
+        pads=False,
         each=[Layer(None, llama.rope(fields, partial=0.25))] * fields["num_hidden_layers"],
         norm="layer",
         norm_bias=True,

@@ -51,21 +51,25 @@ def plain(
     eps: str = "rms_norm_eps",
     act: str = "hidden_act",
     tied: bool = False,
+    pads: bool = True,
     **switches: Any,
 ) -> DecoderConfig:
     """What nearly all families' files say in the same words, and the switches that make this one.
 
     `each`: the layers, where they differ from one another or rotate otherwise than by default; else all have `window`.
     `eps` and `act` name the fields of the norms' epsilon and of the activation; `tied` is transformers' default for
-    `tie_word_embeddings`. Defaults are transformers' own for fields that older files leave out.
+    `tie_word_embeddings`; `pads`: whether its embedding leaves the padding token untrained. Defaults are transformers'
+    own for fields that older files leave out.
     """
     fields.dropout("attention_dropout")
     fields.expect(act, *ACTIVATIONS)
     heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+    vocabulary, padding = fields["vocab_size"], fields.get("pad_token_id", None) if pads else None
     if each is None:
         each = [Layer(window, rope(fields))] * layers
     return DecoderConfig(
-        vocabulary=fields["vocab_size"],
+        vocabulary=vocabulary,
+        padding_token=None if padding is None else padding % vocabulary,  # -1 is torch's for the last one
         width=fields["hidden_size"],
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", heads),
