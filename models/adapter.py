@@ -24,7 +24,7 @@ from models.lora import MAGNITUDE, A, B, Lora, abstract_adapter, fused, is_adapt
 from models.safetensors_file import Spec, Stored, read_header, write_tensors
 from models.selection import Names, names_of, short_names
 from models.sharding import parameter_shardings, paths
-from models.shards import Place, fetch_tensor, find_place, read_leaf
+from models.shards import Place, Staging, fetch_tensor, find_place, read_leaf
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -95,14 +95,20 @@ def load_adapter(
     stored, places = read_header(_file(folder)), places_of(lora, config, hf_config)
     leaves = paths(abstract_trained(lora, config, dtype=dtype))
     shardings = paths(parameter_shardings(unflatten_dict(leaves, sep="/"), mesh))
+    staging = Staging()
     with ThreadPoolExecutor(4) as pool:
         loaded = {
             path: read_leaf(
-                leaf, [stored[name] for name in places[path].names], places[path], sharding=shardings[path], pool=pool
+                leaf,
+                [stored[name] for name in places[path].names],
+                places[path],
+                sharding=shardings[path],
+                pool=pool,
+                staging=staging,
             )
             for path, leaf in leaves.items()
         }
-    return unflatten_dict(loaded, sep="/")
+    return jax.block_until_ready(unflatten_dict(loaded, sep="/"))
 
 
 def join_adapter(

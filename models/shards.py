@@ -6,6 +6,7 @@ which tensors a leaf is and how they are turned.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -44,6 +45,42 @@ def find_place(path: str, shape: tuple[int, ...], name: str) -> Place:
     return Place(spread, names, (*one[:-2], one[-1], one[-2]) if transposed else one, transposed)
 
 
+class Staging:
+    """Host memory in which shards are put together: two pieces in turn, so that one is filled while the other is on its
+    way to the devices. Used again and again, it costs no fresh pages.
+    """
+
+    def __init__(self) -> None:
+        self._pieces = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._leaving: list[list[jax.Array]] = [[], []]  # what was last sent from each piece
+
+    def take(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """An array to fill, of what the last but one `send` has left."""
+        self._pieces.reverse()
+        self._leaving.reverse()
+        jax.block_until_ready(self._leaving[0])
+        self._leaving[0] = []
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
+        if self._pieces[0].size < size:
+            self._pieces[0] = np.empty(0, np.uint8)  # let go of the old one first
+            self._pieces[0] = _off_the_grid(size)
+        return self._pieces[0][:size].view(dtype).reshape(shape)
+
+    def send(self, host: np.ndarray, devices: Sequence[jax.Device]) -> list[jax.Array]:
+        """The array that was taken last, on its way to these devices."""
+        self._leaving[0] = [jax.device_put(host, device, may_alias=False) for device in devices]
+        return self._leaving[0]
+
+
+def _off_the_grid(size: int) -> np.ndarray:
+    """Memory that begins eight bytes past a multiple of 64: what is aligned, `jax.device_put` on CPU does not copy but
+    shares, with `may_alias=False` too (jax 0.10.2), and what is filled anew would change the array.
+    """
+    memory = np.empty(size + 72, np.uint8)
+    first = (8 - memory.ctypes.data) % 64
+    return memory[first : first + size]
+
+
 def read_leaf(
     leaf: jax.ShapeDtypeStruct,
     tensors: Sequence[Stored],
@@ -51,6 +88,7 @@ def read_leaf(
     *,
     sharding: jax.sharding.Sharding,
     pool: ThreadPoolExecutor,
+    staging: Staging,
 ) -> jax.Array:
     """One leaf, shard by shard: each distinct shard is read once, for all devices of this process that hold it."""
     devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -58,9 +96,9 @@ def read_leaf(
         devices_of.setdefault(_ranges(index, leaf.shape), []).append(device)
     shards: list[jax.Array] = []
     for ranges, devices in devices_of.items():
-        host = _read_shard(ranges, leaf.dtype, tensors, place, pool)
-        # wait: a transfer under way keeps its source, and the sources of all shards together are the whole leaf
-        shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
+        host = staging.take([stop - start for start, stop in ranges], leaf.dtype)
+        _read_shard(host, ranges, tensors, place, pool)
+        shards += staging.send(host, devices)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
@@ -92,9 +130,8 @@ def _take(out: NamedSharding | None, spread: int, transposed: bool, dtype: np.dt
 
 
 def _read_shard(
-    ranges: Ranges, dtype: Any, tensors: Sequence[Stored], place: Place, pool: ThreadPoolExecutor
-) -> np.ndarray:
-    host = np.empty([stop - start for start, stop in ranges], dtype)
+    host: np.ndarray, ranges: Ranges, tensors: Sequence[Stored], place: Place, pool: ThreadPoolExecutor
+) -> None:
     across, within = ranges[: len(place.spread)], ranges[len(place.spread) :]
     chosen = np.arange(len(tensors)).reshape(place.spread)[tuple(slice(*one) for one in across)].ravel()
     targets = host.reshape(chosen.size, *host.shape[len(place.spread) :])
@@ -104,7 +141,6 @@ def _read_shard(
         index[-2:] = index[:-3:-1]
     for _ in pool.map(lambda number, target: copy_rows(tensors[number], tuple(index), target), chosen, targets):
         pass  # taking the results raises what a reader raised
-    return host
 
 
 def _numbered(name: str, axes: Sequence[str], numbers: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ from models.families import family_for
 from models.hub import INDEX, SINGLE, weight_files
 from models.safetensors_file import Spec, Stored, copy_rows, read_header, write_tensors
 from models.sharding import paths
-from models.shards import Place, fetch_tensor, find_place, read_leaf
+from models.shards import Place, Staging, fetch_tensor, find_place, read_leaf
 
 HEAD, EMBEDDING = "head/kernel", "embed/embedding"
 READERS = min(8, os.cpu_count() or 1)  # threads that copy tensors of one leaf at the same time
@@ -42,7 +42,7 @@ def load_params(
     """Reads a model folder's weights into sharded arrays: the tree of `abstract_params(config, dtype=dtype)`.
 
     `shardings` is a tree like it, or one sharding for all leaves. Host memory beyond the arrays themselves stays
-    below one shard of one leaf. Raises ValueError naming each tensor that is missing, misshapen, unclaimed or unlike
+    below two shards of one leaf. Raises ValueError naming each tensor that is missing, misshapen, unclaimed or unlike
     its tied twin. `keep` turns a leaf, as soon as it is read, into those by path that take its place, so that what is
     quantised need never be there whole.
     """
@@ -51,12 +51,13 @@ def load_params(
     alike = isinstance(shardings, jax.sharding.Sharding)
     sharding_of = dict.fromkeys(leaves, shardings) if alike else paths(shardings)
     loaded: dict[str, jax.Array] = {}
+    staging = Staging()
     with ThreadPoolExecutor(READERS) as pool:
         for path, leaf in leaves.items():
             tensors = [stored[name] for name in places[path].names]
-            array = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool)
+            array = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool, staging=staging)
             loaded |= {path: array} if keep is None else keep(path, array)
-    return nested(loaded)
+    return jax.block_until_ready(nested(loaded))  # what is under way still reads the staging memory
 
 
 def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Stored], dict[str, Place]]:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.families import AsStored
 from models.safetensors_file import Spec, copy_rows, read_header, write_tensors
 from models.sharding import make_mesh
-from models.shards import fetch_tensor, find_place, read_leaf
+from models.shards import Staging, fetch_tensor, find_place, read_leaf
 
 
 class Leaf(NamedTuple):
@@ -72,6 +72,7 @@ def test_a_leaf_is_read_from_its_tensors_and_gives_them_back(axes: tuple, case: 
             place,
             sharding=sharding,
             pool=pool,
+            staging=Staging(),
         )
     assert array.sharding == sharding
     np.testing.assert_array_equal(array, whole)
