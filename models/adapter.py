@@ -8,14 +8,12 @@ folder decides which modules an adapter has, not the patterns of its config.
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from models.config import DecoderConfig
 from models.decoder import Params, abstract_params
@@ -23,8 +21,8 @@ from models.families import AsStored, family_for
 from models.lora import MAGNITUDE, A, B, Lora, abstract_adapter, fused, is_adapter, merged
 from models.safetensors_file import Spec, Stored, read_header, write_tensors
 from models.selection import Names, names_of, short_names
-from models.sharding import parameter_shardings, paths
-from models.shards import Place, Staging, fetch_tensor, find_place, read_leaf
+from models.sharding import nested, parameter_shardings, paths
+from models.shards import Place, fetch_tensor, find_place, read_leaves
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -94,21 +92,8 @@ def load_adapter(
     """The parameters of an adapter folder on the mesh: the adapter in float32, modules trained whole in `dtype`."""
     stored, places = read_header(_file(folder)), places_of(lora, config, hf_config)
     leaves = paths(abstract_trained(lora, config, dtype=dtype))
-    shardings = paths(parameter_shardings(unflatten_dict(leaves, sep="/"), mesh))
-    staging = Staging()
-    with ThreadPoolExecutor(4) as pool:
-        loaded = {
-            path: read_leaf(
-                leaf,
-                [stored[name] for name in places[path].names],
-                places[path],
-                sharding=shardings[path],
-                pool=pool,
-                staging=staging,
-            )
-            for path, leaf in leaves.items()
-        }
-    return jax.block_until_ready(unflatten_dict(loaded, sep="/"))
+    shardings = paths(parameter_shardings(nested(leaves), mesh))
+    return nested(read_leaves(leaves, stored, places, shardings=shardings))
 
 
 def join_adapter(
@@ -191,7 +176,7 @@ def abstract_trained(lora: Lora, config: DecoderConfig, *, dtype: Any) -> Params
     """All that trains with an adapter: its own leaves, and those of the model that are trained whole, in `dtype`."""
     model = abstract_params(config, dtype=dtype)
     whole = {path: leaf for path, leaf in paths(model).items() if path in lora.whole}
-    return unflatten_dict(paths(abstract_adapter(model, lora)) | whole, sep="/")
+    return nested(paths(abstract_adapter(model, lora)) | whole)
 
 
 def places_of(lora: Lora, config: DecoderConfig, hf_config: Mapping[str, Any]) -> dict[str, Place]:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 
-from models.sharding import paths
+from models.sharding import nested, paths
 
 Params = dict[str, Any]
 
@@ -65,14 +64,14 @@ def split(params: Params, trained: Collection[str]) -> Parts:
     """The model's parameters as those of these paths, and the others."""
     leaves = paths(params)
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trained}
-    return Parts(_nested({path: leaf for path, leaf in leaves.items() if path in trained}), _nested(frozen) or None)
+    return Parts(nested({path: leaf for path, leaf in leaves.items() if path in trained}), nested(frozen) or None)
 
 
 def merged(params: Params, frozen: Params | None) -> Params:
     """One tree with the leaves of both; where both have one, that of `params`."""
     if frozen is None:
         return params
-    return _nested(paths(frozen) | paths(params))
+    return nested(paths(frozen) | paths(params))
 
 
 def abstract_adapter(model: Params, lora: Lora) -> Params:
@@ -82,7 +81,7 @@ def abstract_adapter(model: Params, lora: Lora) -> Params:
         n, D, F = kernels[f"{module}/kernel"].shape
         shapes = {A: (n, D, lora.rank), B: (n, lora.rank, F)} | ({MAGNITUDE: (n, F)} if lora.dora else {})
         leaves |= {f"{module}/{name}": jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    return _nested(leaves)
+    return nested(leaves)
 
 
 def init_adapter(key: jax.Array, model: Params, lora: Lora) -> Params:
@@ -105,7 +104,7 @@ def init_adapter(key: jax.Array, model: Params, lora: Lora) -> Params:
         for module in lora.modules:
             a, b = leaves[f"{module}/{A}"], leaves[f"{module}/{B}"]
             leaves[f"{module}/{MAGNITUDE}"] = column_norms(kernels[f"{module}/kernel"], a, b, lora.scale)
-    return _nested(leaves)
+    return nested(leaves)
 
 
 def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -126,7 +125,7 @@ def fused(params: Params, lora: Lora) -> Params:
             norms = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-2))
             wide *= (leaves[f"{module}/{MAGNITUDE}"] / norms)[:, None, :]
         leaves[f"{module}/kernel"] = wide.astype(kernel.dtype)
-    return _nested({path: leaf for path, leaf in leaves.items() if not is_adapter(path)})
+    return nested({path: leaf for path, leaf in leaves.items() if not is_adapter(path)})
 
 
 def is_adapter(path: str) -> bool:
@@ -140,14 +139,10 @@ def with_dropout(params: Params, lora: Lora, key: jax.Array) -> Params:
     for number, module in enumerate(lora.modules):
         n = leaves[f"{module}/{A}"].shape[0]
         leaves[f"{module}/{DROPOUT_KEY}"] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, number), n))
-    return _nested(leaves)
+    return nested(leaves)
 
 
 def dropped(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     """`x` with that share of its elements zero, and the others larger by `1 / (1 - rate)`; `key` as raw key data."""
     kept = jax.random.bernoulli(jax.random.wrap_key_data(key), 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def _nested(leaves: dict[str, Any]) -> Params:
-    return unflatten_dict(leaves, sep="/")

@@ -17,9 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 
-from models.sharding import paths
+from models.sharding import nested, paths
 
 KERNEL, VALUES, SCALE = "kernel", "kernel_values", "kernel_scale"
 BLOCK = 64
@@ -33,7 +32,7 @@ def quantised(params: dict[str, Any], form: str) -> dict[str, Any]:
     leaves: dict[str, jax.Array] = {}
     for path, leaf in paths(params).items():
         leaves |= quantised_leaf(path, leaf, form)
-    return unflatten_dict(leaves, sep="/")
+    return nested(leaves)
 
 
 def quantised_leaf(path: str, leaf: jax.Array, form: str) -> dict[str, jax.Array]:
@@ -56,7 +55,7 @@ def unquantised(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
             leaves[f"{module}/{KERNEL}"] = dequantise(leaf, there[f"{module}/{SCALE}"]).astype(dtype)
         elif name != SCALE:
             leaves[path] = leaf
-    return unflatten_dict(leaves, sep="/")
+    return nested(leaves)
 
 
 def is_quantisable(path: str) -> bool:

@@ -7,7 +7,8 @@ which tensors a leaf is and how they are turned.
 
 import functools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from models.families import AsStored
 from models.safetensors_file import Stored, copy_rows
 
 Ranges = Sequence[tuple[int, int]]  # start and stop along each axis
+READERS = min(8, os.cpu_count() or 1)  # threads that copy tensors of one leaf at the same time
 SPREAD = ("{i}", "{e}")  # in a tensor's name: the layer, and the expert or head; as axes they lead, in this order
 
 
@@ -79,6 +81,25 @@ def _off_the_grid(size: int) -> np.ndarray:
     memory = np.empty(size + 72, np.uint8)
     first = (8 - memory.ctypes.data) % 64
     return memory[first : first + size]
+
+
+def read_leaves(
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    stored: Mapping[str, Stored],
+    places: Mapping[str, Place],
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    keep: Callable[[str, jax.Array], Mapping[str, jax.Array]] | None = None,
+) -> dict[str, jax.Array]:
+    """All leaves by path, one after the other; `keep` turns each into those by path that take its place."""
+    loaded: dict[str, jax.Array] = {}
+    staging = Staging()
+    with ThreadPoolExecutor(READERS) as pool:
+        for path, leaf in leaves.items():
+            tensors = [stored[name] for name in places[path].names]
+            array = read_leaf(leaf, tensors, places[path], sharding=shardings[path], pool=pool, staging=staging)
+            loaded |= {path: array} if keep is None else keep(path, array)
+    return jax.block_until_ready(loaded)  # what is under way still reads the staging memory
 
 
 def read_leaf(

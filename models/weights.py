@@ -3,16 +3,14 @@
 A family's table says where each leaf of our tree lies, say `layers/mlp/up/kernel` in the tensors
 `model.layers.{i}.mlp.up_proj.weight` of all layers i, or a leaf of experts in a tensor for each expert e of each layer.
 Reading takes from the files only the bytes of this process's shards; writing takes from the devices one tensor at a
-time. Neither ever holds more of the model in host memory than one shard of one leaf, or one tensor.
+time. Neither ever holds more of the model in host memory than two shards of one leaf, or one tensor.
 """
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,10 @@ from models.decoder import DecoderConfig, Params, abstract_params
 from models.families import family_for
 from models.hub import INDEX, SINGLE, weight_files
 from models.safetensors_file import Spec, Stored, copy_rows, read_header, write_tensors
-from models.sharding import paths
-from models.shards import Place, Staging, fetch_tensor, find_place, read_leaf
+from models.sharding import nested, paths
+from models.shards import Place, fetch_tensor, find_place, read_leaves
 
 HEAD, EMBEDDING = "head/kernel", "embed/embedding"
-READERS = min(8, os.cpu_count() or 1)  # threads that copy tensors of one leaf at the same time
 
 
 def load_params(
@@ -50,14 +47,7 @@ def load_params(
     stored, places = check_weights(folder, config)
     alike = isinstance(shardings, jax.sharding.Sharding)
     sharding_of = dict.fromkeys(leaves, shardings) if alike else paths(shardings)
-    loaded: dict[str, jax.Array] = {}
-    staging = Staging()
-    with ThreadPoolExecutor(READERS) as pool:
-        for path, leaf in leaves.items():
-            tensors = [stored[name] for name in places[path].names]
-            array = read_leaf(leaf, tensors, places[path], sharding=sharding_of[path], pool=pool, staging=staging)
-            loaded |= {path: array} if keep is None else keep(path, array)
-    return jax.block_until_ready(nested(loaded))  # what is under way still reads the staging memory
+    return nested(read_leaves(leaves, stored, places, shardings=sharding_of, keep=keep))
 
 
 def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Stored], dict[str, Place]]:
@@ -128,18 +118,6 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if missing := [f"{name} of {file}" for name, file in indexed.items() if name not in stored]:
             raise ValueError(f"{folder}: {INDEX} lists {_some(missing)}, which is not there; download it again")
     return stored
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of dicts with these leaves by path: the inverse of `models.sharding.paths`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *rooms, last = path.split("/")
-        room = tree
-        for name in rooms:
-            room = room.setdefault(name, {})
-        room[last] = leaf
-    return tree
 
 
 def _places(leaves: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Place]:
