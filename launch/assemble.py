@@ -104,11 +104,11 @@ def load_weights(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Pa
     shardings = parameter_shardings(abstract, mesh)
     form = model.form
     if pretrained:
-        keep = None if form is None else lambda path, leaf: quantised_leaf(path, leaf, form)
+        keep = None if form is None else lambda path, leaf: quantised_leaf(path, leaf, form, but=model.trained)
         return weights.load_params(model.folder, model.config, shardings=shardings, dtype=model.dtype, keep=keep)
     draw = jax.jit(lambda key: init_params(key, model.config, dtype=model.dtype), out_shardings=shardings)
     params = draw(jax.random.key(seed))
-    return params if form is None else quantised(params, form)
+    return params if form is None else quantised(params, form, but=model.trained)
 
 
 def load_parts(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Parts:
@@ -136,7 +136,7 @@ def abstract_parts(model: Model) -> Parts:
     """The trees of `load_parts` as `jax.ShapeDtypeStruct`s."""
     own = abstract_params(model.config, dtype=model.dtype)
     if (form := model.form) is not None:
-        own = jax.eval_shape(lambda own: quantised(own, form), own)
+        own = jax.eval_shape(lambda own: quantised(own, form, but=model.trained), own)
     parts = split(own, model.trained)
     if model.lora is None:
         return parts

@@ -13,6 +13,7 @@ as in bitsandbytes; its second quantisation, of the scales, is not done.
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -25,21 +26,21 @@ BLOCK = 64
 FORMATS: dict[str, Any] = {"nf4": "nf4", "fp4": jnp.float4_e2m1fn, "int8": jnp.int8}
 
 
-def quantised(params: dict[str, Any], form: str) -> dict[str, Any]:
+def quantised(params: dict[str, Any], form: str, *, but: Collection[str] = ()) -> dict[str, Any]:
     """The tree with every linear layer's kernel in a format of FORMATS; embedding, head, norms, routers and experts
-    stay as they are.
+    stay as they are, and so do the paths `but`, which are trained.
     """
     leaves: dict[str, jax.Array] = {}
     for path, leaf in paths(params).items():
-        leaves |= quantised_leaf(path, leaf, form)
+        leaves |= quantised_leaf(path, leaf, form, but=but)
     return nested(leaves)
 
 
-def quantised_leaf(path: str, leaf: jax.Array, form: str) -> dict[str, jax.Array]:
-    """The leaves by path that stand for one: two for a linear layer's kernel, itself for any other."""
+def quantised_leaf(path: str, leaf: jax.Array, form: str, *, but: Collection[str] = ()) -> dict[str, jax.Array]:
+    """The leaves by path that stand for one: two for a linear layer's kernel, itself for any other or one of `but`."""
     if form not in FORMATS:
         raise ValueError(f"quantisation {form!r} is not one of {', '.join(FORMATS)}")
-    if not is_quantisable(path):
+    if not is_quantisable(path) or path in but:
         return {path: leaf}
     module = path.rsplit("/", 1)[0]
     values, scale = _quantise(form)(leaf)

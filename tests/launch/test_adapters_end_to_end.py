@@ -154,6 +154,15 @@ def test_beside_a_quantised_model_an_adapter_learns_as_well(files, trained, word
     assert set(tensors(output / "adapter_model.safetensors")) == set(tensors(trained / "adapter_model.safetensors"))
 
 
+def test_a_module_trained_whole_beside_a_quantised_model_is_trained_and_saved(files, tiny_chat_model):
+    output, words = files / "whole", ("--peft.q_lora=true", "--peft.lora_modules_to_save=[down_proj]")
+    train(files, output, *words, "--training.max_steps=2")
+    saved, before = load_file(output / "adapter_model.safetensors"), load_file(tiny_chat_model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert saved[f"base_model.model.{name}"].shape == before[name].shape
+    assert 0 < np.abs(saved[f"base_model.model.{name}"] - before[name].astype(np.float32)).max() < 0.1
+
+
 def test_frozen_layers_come_out_as_they_went_in(files, tiny_chat_model):
     output, frozen = files / "frozen", "[model.embed_tokens, '.*[.]self_attn']"
     words = ("--training.max_steps", "2", "--training.save_steps", "2", "--model.freeze_layers", frozen)

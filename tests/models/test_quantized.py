@@ -83,6 +83,13 @@ def test_all_linear_layers_and_nothing_else_are_quantised(params: dict) -> None:
     assert {str(after[path].dtype) for path in set(after) - set(before)} == {"uint4", "float32"}
 
 
+def test_what_is_trained_stays_whole(params: dict) -> None:
+    trained = "layers/mlp/down/kernel"
+    after = paths(quantised(params, "nf4", but={trained}))
+    np.testing.assert_array_equal(after[trained], paths(params)[trained])
+    assert "layers/mlp/up/kernel_values" in after
+
+
 def test_a_block_is_shorter_where_64_does_not_divide_the_inputs(params: dict) -> None:
     scale = quantised(params, "int8")["layers"]["mlp"]["down"]["kernel_scale"]
     assert scale.shape == (2, 96 // 32, 128)
