@@ -5,8 +5,9 @@
 """
 
 import difflib
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -54,51 +55,67 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Rows with their format; `example(i)` is row i understood."""
+class Meaning:
+    """How the rows of a dataset are understood."""
 
-    rows: Rows
     format: str
     format_kwargs: Mapping[str, Any] = field(default_factory=dict)
     assistant_only: bool = False
     required: tuple[str, ...] = ()  # strings that must occur in the rendered chat
     notices: tuple[str, ...] = ()
 
+    def example(self, row: Any, where: str) -> Example:
+        """A row understood; RowError begins with `where`."""
+        if not isinstance(row, Mapping):
+            raise RowError(f"{where}: a row must be an object, not {type(row).__name__}")
+        try:
+            return formats.load(self.format).parse(row, **self.format_kwargs)
+        except RowError as error:
+            raise error.at(where) from None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows by index with their meaning; `example(i)` is row i understood."""
+
+    rows: Rows
+    meaning: Meaning
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def example(self, index: int) -> Example:
         """Row `index` understood; RowError names the file and the row."""
-        row = read(self.rows, index)
-        if not isinstance(row, Mapping):
-            raise RowError(f"{self.rows.where(index)}: a row must be an object, not {type(row).__name__}")
-        try:
-            return formats.load(self.format).parse(row, **self.format_kwargs)
-        except RowError as error:
-            raise RowError(f"{self.rows.where(index)}: {error}") from None
+        return self.meaning.example(read(self.rows, index), self.rows.where(index))
 
 
 def open_dataset(entry: Entry, *, skip_bad_rows: bool = False, text_field: str = "text") -> Dataset:
     """Open the rows of an entry and settle their format, from `dataset_kwargs.format` or the first row (the first good
     one with `skip_bad_rows`). `text_field` is the column of plain text rows."""
-    name = entry.dataset_name
-    if name in LATER:
-        raise NotImplementedError(f"not implemented yet: dataset_name {name!r} ({LATER[name]})")
+    if entry.dataset_name in LATER:
+        raise NotImplementedError(
+            f"not implemented yet: dataset_name {entry.dataset_name!r} ({LATER[entry.dataset_name]})"
+        )
     if entry.streaming:
         raise NotImplementedError("not implemented yet: streaming datasets")
     ours, rest = _split_kwargs(entry)
     rows = _open(entry, rest, hub_name=ours.get("dataset_name_override"))
+    first = functools.partial(_detect, rows, skip_bad_rows)
+    return Dataset(rows, _meaning(entry, ours, text_field=text_field, detect=first))
+
+
+def _meaning(entry: Entry, ours: Mapping[str, Any], *, text_field: str, detect: Callable[[str], str]) -> Meaning:
+    """What the entry says about its rows; where it says no format, `detect(text_field)` is asked."""
     format_kwargs: dict[str, Any] = {}
-    if name in ALPACA:
+    if entry.dataset_name in ALPACA:
         kind = "alpaca"
         format_kwargs["system_prompt"] = bool(ours.get("include_system_prompt", True))
     else:
         text_field = ours.get("text_col", text_field)
-        kind = formats.canonical(ours["format"]) if ours.get("format") else _detect(rows, skip_bad_rows, text_field)
+        kind = formats.canonical(ours["format"]) if ours.get("format") else detect(text_field)
         if kind == "text":
             format_kwargs["field"] = text_field
-    return Dataset(
-        rows=rows,
+    return Meaning(
         format=kind,
         format_kwargs=format_kwargs,
         assistant_only=bool(ours.get("assistant_only", False)),
@@ -152,7 +169,7 @@ def _detect(rows: Rows, skip_bad_rows: bool, text_field: str) -> str:
             try:
                 return formats.detect(row, text_field)
             except RowError as error:
-                raise RowError(f"{rows.where(index)}: {error}") from None
+                raise error.at(rows.where(index)) from None
         except RowError as error:
             if not skip_bad_rows:
                 raise

@@ -4,11 +4,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+BAD_KINDS = {
+    "json": "not JSON",
+    "encoding": "not UTF-8",
+    "unreadable": "cannot be read",
+    "type": "of another type than the format has",
+    "empty": "empty",
+    "roles": "roles out of order",
+    "image": "image missing or broken",
+    "template": "cannot be rendered or masked",
+}
+
 Message = Mapping[str, Any]  # role, content, and where present tool_calls, tool_call_id, name, reasoning_content
 
 
 class RowError(ValueError):
-    """A row that cannot be used: the message says where it stands, what is wrong and what is allowed."""
+    """A row that cannot be used: the message says where it stands, what is wrong and what is allowed.
+
+    `kind`, by which such rows are counted, is one of `BAD_KINDS`.
+    """
+
+    def __init__(self, message: str, kind: str = "type"):
+        super().__init__(message)
+        self.kind = kind
+
+    def at(self, where: str) -> "RowError":
+        """The same error with the place of the row before it."""
+        return RowError(f"{where}: {self}", self.kind)
+
+    def __reduce__(self):
+        return RowError, (str(self), self.kind)  # it comes back from worker processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from input_pipeline.catalog import Dataset, Entry, open_dataset
+from input_pipeline.catalog import Dataset, Entry, Meaning, open_dataset
 from input_pipeline.chat import LossMask
 from input_pipeline.mixing import choose_rows, mix
-from input_pipeline.store import Counts, Encoder, TokenStore, tokenize_rows
+from input_pipeline.store import Counts, Encoder, Tokenizing, TokenStore, tokenize_rows
 from input_pipeline.template import Template
 
 Turns = Literal["all", "assistant", "final"]
@@ -76,8 +76,8 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
         what=what,
     )
     encoder = Encoder(
-        datasets=datasets,
-        masks=tuple(_mask_of(dataset, mask) for dataset in datasets),
+        meanings=tuple(dataset.meaning for dataset in datasets),
+        masks=tuple(_mask_of(dataset.meaning, mask) for dataset in datasets),
         template=Template(tokenizer),
         max_length=reading.max_length,
         skip_bad_rows=skip,
@@ -91,14 +91,16 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
         seed=reading.seed,
     )
     workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
-    store, counts, notices = tokenize_rows(encoder, picks, workers=workers, progress=reading.progress)
+    store, counts, notices = tokenize_rows(
+        Tokenizing(datasets, encoder), picks, workers=workers, progress=reading.progress
+    )
     if not len(store):
         names = ", ".join(dataset.rows.name for dataset in datasets)
         raise ValueError(
             f"{what} dataset {names} has 0 usable rows (read {counts.read}, bad {counts.bad},"
             f" without a trained token within max_length {reading.max_length}: {counts.untrained})"
         )
-    remarks = (*(note for dataset in datasets for note in dataset.notices), *notices)
+    remarks = (*(note for dataset in datasets for note in dataset.meaning.notices), *notices)
     longest = int(store.lengths.max())
     allowed = reading.max_length or longest
     return Data(store=store, counts=counts, datasets=datasets, max_length=allowed, notices=remarks)
@@ -130,8 +132,8 @@ def loss_mask(
     return LossMask(turns=turns, completion_only=completion_only_loss)
 
 
-def _mask_of(dataset: Dataset, mask: LossMask) -> LossMask:
-    return replace(mask, turns="assistant") if dataset.assistant_only and mask.turns == "all" else mask
+def _mask_of(meaning: Meaning, mask: LossMask) -> LossMask:
+    return replace(mask, turns="assistant") if meaning.assistant_only and mask.turns == "all" else mask
 
 
 def _required(collator_kwargs: Mapping[str, Any], what: str) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from input_pipeline.catalog import Dataset
+from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
 from input_pipeline.encode import Tokens, encode
 from input_pipeline.examples import Chat, Example, RowError
+from input_pipeline.sources import read
 from input_pipeline.template import Template
 
 _CHUNK = 512  # rows that a worker is given at a time
@@ -66,55 +67,77 @@ class TokenStore:
         return digest.hexdigest()
 
 
+class Row(NamedTuple):
+    """A row to be tokenised: as stored (or the error of reading it), which dataset it is of, where it stands."""
+
+    stored: Any
+    dataset: int
+    where: str
+
+
+class Encoded(NamedTuple):
+    """What became of some rows: the tokens of each, None where it is not used; counts; the first bad one; remarks."""
+
+    rows: list[Tokens | None]
+    counts: Counts
+    first_bad: str | None
+    notices: frozenset[str]
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """Turns picked rows, [n, 2] of (dataset, row), into tokens; picklable, so that a worker process can hold it."""
+    """Turns rows into tokens; picklable, so that a worker process can hold it."""
 
-    datasets: tuple[Dataset, ...]
+    meanings: tuple[Meaning, ...]  # of each dataset
     masks: tuple[LossMask, ...]
     template: Template
     max_length: int | None
     skip_bad_rows: bool
     required: tuple[str, ...] = ()  # strings that every rendered chat must contain
 
-    def __call__(self, picks: np.ndarray) -> "Chunk":
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
         bad: list[RowError] = []
         notices: set[str] = set()
-        kept, rendered = [], []
-        for pick in picks:
+        good, rendered = [], []
+        for place, row in enumerate(rows):
             try:
-                rendered.append(self._render(int(pick[0]), int(pick[1]), notices))
-                kept.append(pick)
+                rendered.append(self._render(row, notices))
+                good.append(place)
             except RowError as error:
                 self._refuse(error, bad)
-        rows, sources, over_long = [], [], 0
-        for pick, row in zip(kept, encode(rendered, self.template.tokenizer, max_length=self.max_length), strict=True):
-            if isinstance(row, RowError):
-                self._refuse(RowError(f"{self._where(int(pick[0]), int(pick[1]))}: {row}"), bad)
+        tokens: list[Tokens | None] = [None] * len(rows)
+        over_long = 0
+        for place, found in zip(
+            good, encode(rendered, self.template.tokenizer, max_length=self.max_length), strict=True
+        ):
+            if isinstance(found, RowError):
+                self._refuse(found.at(rows[place].where), bad)
                 continue
-            over_long += row.over_long
-            if row.trained[1:].any():  # nothing predicts the first token
-                rows.append(row)
-                sources.append(pick)
+            over_long += found.over_long
+            if found.trained[1:].any():  # nothing predicts the first token
+                tokens[place] = found
+        used = [row for row in tokens if row is not None]
         counts = Counts(
-            read=len(picks),
-            used=len(rows),
+            read=len(rows),
+            used=len(used),
             bad=len(bad),
-            untrained=len(picks) - len(bad) - len(rows),
+            untrained=len(rows) - len(bad) - len(used),
             over_long=over_long,
-            tokens=sum(len(row.ids) for row in rows),
-            trained_tokens=sum(int(row.trained[1:].sum()) for row in rows),
+            tokens=sum(len(row.ids) for row in used),
+            trained_tokens=sum(int(row.trained[1:].sum()) for row in used),
         )
-        return Chunk.of(rows, sources, counts, str(bad[0]) if bad else None, frozenset(notices))
+        return Encoded(tokens, counts, str(bad[0]) if bad else None, frozenset(notices))
 
-    def _render(self, number: int, row: int, notices: set[str]) -> Rendered:
-        dataset = self.datasets[number]
-        example = dataset.example(row)
+    def _render(self, row: Row, notices: set[str]) -> Rendered:
+        if isinstance(row.stored, RowError):
+            raise row.stored
+        meaning = self.meanings[row.dataset]
+        example = meaning.example(row.stored, row.where)
         try:
-            rendered = render(example, self.template, self.masks[number])
-            self._check(example, rendered, (*self.required, *dataset.required), notices)
+            rendered = render(example, self.template, self.masks[row.dataset])
+            self._check(example, rendered, (*self.required, *meaning.required), notices)
         except RowError as error:
-            raise RowError(f"{dataset.rows.where(row)}: {error}") from error
+            raise error.at(row.where) from error
         return rendered
 
     def _check(self, example: Example, rendered: Rendered, required: tuple[str, ...], notices: set[str]) -> None:
@@ -126,11 +149,9 @@ class Encoder:
             if string.strip() not in rendered.text:
                 raise RowError(
                     f"the template string {string!r} does not occur in the rendered chat; leave it out, since what is"
-                    " trained is found from the chat template itself"
+                    " trained is found from the chat template itself",
+                    "template",
                 )
-
-    def _where(self, number: int, row: int) -> str:
-        return self.datasets[number].rows.where(row)
 
     def _refuse(self, error: RowError, bad: list[RowError]) -> None:
         if not self.skip_bad_rows:
@@ -139,7 +160,7 @@ class Encoder:
 
 
 class Chunk(NamedTuple):
-    """The rows of one call of an Encoder, on end."""
+    """The used rows of some picks, on end."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -150,16 +171,38 @@ class Chunk(NamedTuple):
     notices: frozenset[str]
 
     @classmethod
-    def of(cls, rows: Sequence[Tokens], sources: Sequence[Any], *rest: Any) -> "Chunk":
-        """Lay rows on end."""
+    def of(cls, encoded: Encoded, sources: np.ndarray) -> "Chunk":
+        """Lay rows on end; `sources` [n, 2] says where each of them came from."""
+        used = [place for place, row in enumerate(encoded.rows) if row is not None]
+        rows = [row for row in encoded.rows if row is not None]
         ids = np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)])
         trained = np.concatenate([np.empty(0, bool), *(row.trained for row in rows)])
         lengths = np.asarray([len(row.ids) for row in rows], np.int64)
-        return cls(ids, trained, lengths, np.asarray(sources, np.int64).reshape(-1, 2), *rest)
+        return cls(ids, trained, lengths, sources.reshape(-1, 2)[used], *encoded[1:])
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """Tokenises picked rows, [n, 2] of (dataset, row)."""
+
+    datasets: tuple[Dataset, ...]
+    encoder: Encoder
+
+    def __call__(self, picks: np.ndarray) -> Chunk:
+        rows = [self._row(int(dataset), int(row)) for dataset, row in picks]
+        return Chunk.of(self.encoder(rows), picks)
+
+    def _row(self, dataset: int, row: int) -> Row:
+        rows = self.datasets[dataset].rows
+        try:
+            stored = read(rows, row)
+        except RowError as error:
+            stored = error
+        return Row(stored, dataset, rows.where(row))
 
 
 def tokenize_rows(
-    encoder: Encoder,
+    tokenizing: Tokenizing,
     picks: np.ndarray,
     *,
     workers: int | str | None = None,
@@ -172,11 +215,11 @@ def tokenize_rows(
     """
     pieces = [picks[i : i + _CHUNK] for i in range(0, len(picks), _CHUNK)]
     chunks = []
-    for chunk in _run(encoder, pieces, _number_of_workers(workers, len(picks))):
+    for chunk in _run(tokenizing, pieces, _number_of_workers(workers, len(picks))):
         chunks.append(chunk)
         if progress is not None:
             progress(chunk.counts.read)
-    empty = Chunk.of([], [], Counts(), None, frozenset())
+    empty = Chunk.of(Encoded([], Counts(), None, frozenset()), np.empty((0, 2), np.int64))
     ids, trained, lengths, sources = (np.concatenate([empty[i], *(c[i] for c in chunks)]) for i in range(4))
     store = TokenStore(ids, trained, np.concatenate([[0], np.cumsum(lengths)]), sources)
     counts = Counts(*map(sum, zip(*(c.counts for c in [empty, *chunks]), strict=True)))
@@ -192,24 +235,24 @@ def _number_of_workers(asked: int | str | None, rows: int) -> int:
     return min(8, cores) if rows >= _MANY_ROWS else 1
 
 
-def _run(encoder: Encoder, pieces: list[np.ndarray], workers: int) -> Iterator[Chunk]:
+def _run(tokenizing: Tokenizing, pieces: list[np.ndarray], workers: int) -> Iterator[Chunk]:
     if workers <= 1:
-        yield from map(encoder, pieces)
+        yield from map(tokenizing, pieces)
         return
     # Never forked: a process that has started JAX must not be.
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_start_worker, initargs=(encoder,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=_start_worker, initargs=(tokenizing,)) as pool:
         yield from pool.imap(_work, pieces)
 
 
-_encoder: Encoder | None = None  # of this worker process
+_tokenizing: Tokenizing | None = None  # of this worker process
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
+def _start_worker(tokenizing: Tokenizing) -> None:
+    global _tokenizing
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoder = encoder
+    _tokenizing = tokenizing
 
 
 def _work(picks: np.ndarray) -> Chunk:
-    assert _encoder is not None
-    return _encoder(picks)
+    assert _tokenizing is not None
+    return _tokenizing(picks)

@@ -54,7 +54,7 @@ def test_a_saved_dataset_with_splits_gives_the_one_asked_for(folder):
 def test_a_name_goes_to_load_dataset_with_its_subset_split_and_further_arguments(folder):
     entry = Entry(dataset_name="json", split="train[:4]", dataset_kwargs={"data_files": str(folder / "rows.jsonl")})
     dataset = open_dataset(entry)
-    assert (len(dataset), dataset.format) == (4, "conversation")
+    assert (len(dataset), dataset.meaning.format) == (4, "conversation")
     assert isinstance(dataset.example(3), Chat)
     assert dataset.rows.where(0) == "row 1 of json, split train[:4]"
 
@@ -116,9 +116,9 @@ def test_the_format_is_found_from_the_first_row_unless_it_is_named(tmp_path):
     entry = Entry(dataset_name="text_sft", dataset_path=str(path))
     with pytest.raises(RowError, match=r"data\.jsonl:1:1: not valid JSON"):
         open_dataset(entry)
-    assert open_dataset(entry, skip_bad_rows=True).format == "conversation"
+    assert open_dataset(entry, skip_bad_rows=True).meaning.format == "conversation"
     named = Entry(dataset_name="text_sft", dataset_path=str(path), dataset_kwargs={"format": "alpaca"})
-    assert open_dataset(named).format == "alpaca"
+    assert open_dataset(named).meaning.format == "alpaca"
     text = Entry(dataset_name="text_sft", dataset_path=str(path), dataset_kwargs={"format": "text"})
     assert open_dataset(text, text_field="content").example(1) == Text(text="c")
 
