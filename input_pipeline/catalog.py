@@ -64,14 +64,14 @@ class Meaning:
     required: tuple[str, ...] = ()  # strings that must occur in the rendered chat
     notices: tuple[str, ...] = ()
 
-    def example(self, row: Any, where: str) -> Example:
-        """A row understood; RowError begins with `where`."""
+    def example(self, row: Any, where: Callable[[], str]) -> Example:
+        """A row understood; RowError begins with what `where` answers."""
         if not isinstance(row, Mapping):
-            raise RowError(f"{where}: a row must be an object, not {type(row).__name__}")
+            raise RowError(f"{where()}: a row must be an object, not {type(row).__name__}")
         try:
             return formats.load(self.format).parse(row, **self.format_kwargs)
         except RowError as error:
-            raise error.at(where) from None
+            raise error.at(where()) from None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Dataset:
 
     def example(self, index: int) -> Example:
         """Row `index` understood; RowError names the file and the row."""
-        return self.meaning.example(read(self.rows, index), self.rows.where(index))
+        return self.meaning.example(read(self.rows, index), functools.partial(self.rows.where, index))
 
 
 def open_dataset(entry: Entry, *, skip_bad_rows: bool = False, text_field: str = "text") -> Dataset:

@@ -4,6 +4,7 @@ That gives all lengths before the first step, and with them the number of steps;
 large dataset is tokenised by several processes; the result is the same.
 """
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -68,11 +69,11 @@ class TokenStore:
 
 
 class Row(NamedTuple):
-    """A row to be tokenised: as stored (or the error of reading it), which dataset it is of, where it stands."""
+    """A row to be tokenised: as stored (or the error of reading it), which dataset it is of, what names its place."""
 
     stored: Any
     dataset: int
-    where: str
+    where: Callable[[], str]
 
 
 class Encoded(NamedTuple):
@@ -111,7 +112,7 @@ class Encoder:
             good, encode(rendered, self.template.tokenizer, max_length=self.max_length), strict=True
         ):
             if isinstance(found, RowError):
-                self._refuse(found.at(rows[place].where), bad)
+                self._refuse(found.at(rows[place].where()), bad)
                 continue
             over_long += found.over_long
             if found.trained[1:].any():  # nothing predicts the first token
@@ -137,7 +138,7 @@ class Encoder:
             rendered = render(example, self.template, self.masks[row.dataset])
             self._check(example, rendered, (*self.required, *meaning.required), notices)
         except RowError as error:
-            raise error.at(row.where) from error
+            raise error.at(row.where()) from error
         return rendered
 
     def _check(self, example: Example, rendered: Rendered, required: tuple[str, ...], notices: set[str]) -> None:
@@ -198,7 +199,7 @@ class Tokenizing:
             stored = read(rows, row)
         except RowError as error:
             stored = error
-        return Row(stored, dataset, rows.where(row))
+        return Row(stored, dataset, functools.partial(rows.where, row))
 
 
 def tokenize_rows(
