@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import accepted, methods
 from configs.key import Items, Key, Same, Table, defaults, later, without_effect
 
-TRAINERS_LATER = ("OUMI", "TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO", "TRL_GKD", "TRL_GOLD")
+TRAINERS_LATER = ("TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO", "TRL_GKD", "TRL_GOLD")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "uint8")
 DTYPE_NAMES = {
     **dict.fromkeys(("f32", "float"), "float32"),
@@ -157,8 +157,8 @@ TRAINER_KWARGS: Table = {
 TRAINING: Table = {
     "trainer_type": Key(
         "HF",
-        ("HF", "TRL_SFT", *TRAINERS_LATER),
-        "the method; HF and TRL_SFT: supervised fine-tuning",
+        ("HF", "TRL_SFT", "OUMI", *TRAINERS_LATER),
+        "the method; HF and TRL_SFT: supervised fine-tuning, OUMI: pretraining, with perplexity",
         later=TRAINERS_LATER,
     ),
     "output_dir": Key("output", str, "folder of everything a run leaves"),
@@ -167,6 +167,7 @@ TRAINING: Table = {
     "data_seed": Key(42, int, "of the order of rows"),
     # How long, and how much at once.
     "max_steps": Key(-1, int, "optimizer steps; above 0 it wins over num_train_epochs"),
+    "max_tokens": Key(None, int, "ours: max_steps in tokens, padding included; needs packed rows", low=1),
     "num_train_epochs": Key(3.0, float, "passes over the data"),
     "per_device_train_batch_size": Key(8, int, "rows of one microbatch on each device", low=1),
     "per_device_eval_batch_size": Key(8, int, "rows of one evaluation batch on each device", low=1),
@@ -180,16 +181,23 @@ TRAINING: Table = {
         functions=True,
     ),
     "learning_rate": Key(5e-5, float, "at its highest", low=0),
-    "lr_scheduler_type": Key("linear", SCHEDULES, "how the learning rate goes"),
-    "lr_scheduler_kwargs": Key({}, dict, "options of the schedule, such as num_cycles or min_lr_rate"),
+    "lr_scheduler_type": Key("linear", SCHEDULES, "how the learning rate goes", read_as={"wsd": "warmup_stable_decay"}),
+    "lr_scheduler_kwargs": Key(
+        {},
+        dict,
+        "options of the schedule, such as num_cycles or min_lr_rate; ours: num_decay_tokens and num_stable_tokens, for "
+        "those in steps",
+    ),
     "warmup_ratio": Key(None, float, "share of the steps that warm up", low=0, high=1),
     "warmup_steps": Key(None, int, "steps that warm up; wins over warmup_ratio", low=0),
+    "warmup_tokens": Key(None, int, "ours: warmup_steps in tokens; needs packed rows", low=0),
     "weight_decay": Key(0.0, float, "decoupled decay of all but biases and norms", low=0),
     "adam_beta1": Key(0.9, float, "decay of the first moment", low=0, below=1),
     "adam_beta2": Key(0.999, float, "decay of the second moment", low=0, below=1),
     "adam_epsilon": Key(1e-8, float, "added to the root of the second moment", low=0),
     "sgd_momentum": Key(0.0, float, "of sgd", low=0, below=1),
     "max_grad_norm": Key(1.0, float, "gradients are scaled down to this norm; 0 or null: never", low=0, null=True),
+    "z_loss": Key(0.0, float, "ours: times log^2 Z, added to each token's loss; 1e-4 in arXiv:2204.02311", low=0),
     # Precision, memory, compilation.
     "mixed_precision_dtype": Key(
         "NONE", ("NONE", "BF16", "FP16"), "compute in it, with parameters in float32", later=("FP16",)

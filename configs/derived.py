@@ -2,10 +2,11 @@
 
 import hashlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 REST = -1
+IN_TOKENS = ("num_decay_tokens", "num_stable_tokens")  # of training.lr_scheduler_kwargs
 LONGEST_NAME = 100
 
 
@@ -13,6 +14,44 @@ def max_length(config: Any) -> int | None:
     """The longest row in tokens: `model.model_max_length`, else TRL's `trainer_kwargs.max_length`; None is no limit."""
     length = config.model.model_max_length
     return config.training.trainer_kwargs.max_length if length is None else length
+
+
+class Steps(NamedTuple):
+    """Numbers of optimizer steps: the run's (None: as many as its epochs have), its warmup's (None: as `warmup_ratio`
+    says), and the schedule's options with theirs.
+    """
+
+    run: int | None
+    warmup: int | None
+    schedule: dict[str, Any]
+
+
+def steps(config: Any, *, rows_per_step: int) -> Steps:
+    """How long the run and the parts of its schedule are; what is set in tokens is divided by the tokens of a step, all
+    places of its packed rows, and rounded up.
+    """
+    training = config.training
+
+    def of(tokens: Any, name: str) -> int:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+            raise ValueError(f"training.{name} is {tokens!r}; allowed: a number of tokens")
+        row = max_length(config)
+        if not config.data.train.pack or row is None:
+            raise ValueError(
+                f"training.{name} needs rows of one length: set data.train.pack and model.model_max_length"
+            )
+        return -(-tokens // (rows_per_step * row))
+
+    run, warmup = training.max_steps if training.max_steps > 0 else None, training.warmup_steps
+    if training.max_tokens is not None:
+        run = of(training.max_tokens, "max_tokens")
+    if training.warmup_tokens is not None:
+        warmup = of(training.warmup_tokens, "warmup_tokens")
+    options = {
+        name.replace("_tokens", "_steps"): of(value, f"lr_scheduler_kwargs.{name}") if name in IN_TOKENS else value
+        for name, value in dict(training.lr_scheduler_kwargs).items()
+    }
+    return Steps(run, warmup, options)
 
 
 def compute_dtype(config: Any) -> str | None:

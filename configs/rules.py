@@ -58,8 +58,26 @@ def _some_data(config: Any) -> Lines:
 
 
 def _some_steps(config: Any) -> Lines:
-    if config.training.max_steps <= 0 and config.training.num_train_epochs <= 0:
+    training = config.training
+    if training.max_steps <= 0 and training.num_train_epochs <= 0 and training.max_tokens is None:
         yield "training.max_steps", "neither max_steps nor num_train_epochs is above 0; set one"
+
+
+def _steps_or_tokens(config: Any) -> Lines:
+    training, options = config.training, config.training.lr_scheduler_kwargs
+    warmup_too = bool(training.warmup_steps or training.warmup_ratio)
+    in_tokens = [  # (name, value, what says the same in steps, whether that is set too)
+        ("max_tokens", training.max_tokens, "max_steps", training.max_steps > 0),
+        ("warmup_tokens", training.warmup_tokens, "warmup_steps or warmup_ratio", warmup_too),
+    ]
+    for part in ("decay", "stable"):
+        name, other = f"num_{part}_tokens", f"num_{part}_steps"
+        in_tokens.append((f"lr_scheduler_kwargs.{name}", options.get(name), other, other in options))
+    for name, value, other, set_too in in_tokens:
+        if value is not None and set_too:
+            yield f"training.{name}", f"{other} is set too; choose one"
+        elif value is not None and not config.data.train.pack:
+            yield f"training.{name}", "needs rows of one length; set data.train.pack: true, or say it in steps"
 
 
 def _compile_is_training(config: Any) -> Lines:
@@ -161,7 +179,11 @@ def _mesh(config: Any) -> Lines:
 
 RULES = (
     Rule(("data.train.datasets",), _some_data),
-    Rule(("training.max_steps", "training.num_train_epochs"), _some_steps),
+    Rule(("training.max_steps", "training.num_train_epochs", "training.max_tokens"), _some_steps),
+    Rule(
+        (*(f"training.{name}" for name in ("max_steps", "max_tokens", "warmup_tokens", "lr_scheduler_kwargs")),),
+        _steps_or_tokens,
+    ),
     Rule(("model.compile",), _compile_is_training),
     Rule(("fsdp.enable_fsdp", "deepspeed.enable_deepspeed"), _one_sharding),
     Rule(("deepspeed.enable_deepspeed", "deepspeed.train_batch_size"), _deepspeed_batch),

@@ -32,8 +32,8 @@ def run(loaded: Loaded) -> None:
     feed = train_data(config, model, mesh)
     if validation := validation_data(config, model, mesh):
         validation.batches.close()
-    plan = schedule_of(config, feed)
-    learning_rate = learning_rate_of(config, plan.steps)
+    plan = schedule_of(config, mesh, feed)
+    learning_rate = learning_rate_of(config, mesh, plan.steps)
     counts, needed = feed.data.counts, memory(config, mesh, model, feed, learning_rate)
     count = assemble.parameter_count(model)
     share = "" if count.trained == count.total else f", {count.trained:,} of them trained"

@@ -1,6 +1,7 @@
 """`einkorn train`: put a run together from its configuration, train, and leave a model that transformers loads."""
 
 import dataclasses
+import functools
 import io
 import logging
 import time
@@ -31,10 +32,11 @@ from trainers.environment import describe_environment
 from trainers.loop import Every, Run, Schedule
 from trainers.loop import train as run_loop
 from trainers.metrics import Metrics
+from trainers.perplexity import text_measures
 from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
-from trainers.sft import sft_loss
+from trainers.sft import cross_entropy_alone, sft_loss
 from trainers.step import Step, TrainState, build_step
 from trainers.throughput import Throughput, flops_per_token, peak_flops
 
@@ -59,9 +61,9 @@ def _train(
     config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, checkpoints: Checkpoints, *, allow_config_change: bool
 ) -> None:
     training, folder = config.training, checkpoints.folder
-    plan = schedule_of(config, feed)
+    plan = schedule_of(config, mesh, feed)
     validation = validation_data(config, model, mesh) if training.eval_strategy != "no" else None
-    learning_rate = learning_rate_of(config, plan.steps)
+    learning_rate = learning_rate_of(config, mesh, plan.steps)
     step = step_of(config, model, mesh, learning_rate, longest_document=longest_document(feed, validation))
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
     if resumed is None:
@@ -98,6 +100,7 @@ def _train(
             progress=progress,
             checkpoints=checkpoints,
             evaluation=_evaluation(validation),
+            measures=_measures(config, validation),
             meta={
                 "config": plain(config),
                 "config_text": dump(config),
@@ -154,7 +157,7 @@ def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
         model.tokenizer,
         rows_per_step=rows_per_step(config, mesh),
         accumulation=training.gradient_accumulation_steps,
-        epochs=training.num_train_epochs if training.max_steps <= 0 else None,
+        epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
         reading=reading_of(config),
         shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
         drop_last=training.trainer_kwargs.dataloader_drop_last,
@@ -171,10 +174,15 @@ def rows_per_step(config: ConfigDict, mesh: Mesh) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * replicas(mesh)
 
 
-def schedule_of(config: ConfigDict, feed: Feed) -> Schedule:
+def steps_of(config: ConfigDict, mesh: Mesh) -> derived.Steps:
+    """Optimizer steps of the run and of the parts of its schedule, as far as they are set."""
+    return derived.steps(config, rows_per_step=rows_per_step(config, mesh))
+
+
+def schedule_of(config: ConfigDict, mesh: Mesh, feed: Feed) -> Schedule:
     """How long the run goes, and what is due when."""
     training = config.training
-    steps = training.max_steps if training.max_steps > 0 else feed.steps
+    steps = steps_of(config, mesh).run or feed.steps
     assert steps is not None
 
     def every(strategy: str, count: int) -> Every:
@@ -191,16 +199,16 @@ def schedule_of(config: ConfigDict, feed: Feed) -> Schedule:
     )
 
 
-def learning_rate_of(config: ConfigDict, steps: int) -> Callable[[Any], Any]:
+def learning_rate_of(config: ConfigDict, mesh: Mesh, steps: int) -> Callable[[Any], Any]:
     """The learning rate by optimizer step, counted from 0."""
-    training = config.training
+    training, counted = config.training, steps_of(config, mesh)
     return schedules.schedule(
         training.lr_scheduler_type,
         learning_rate=training.learning_rate,
         steps=steps,
-        warmup_steps=training.warmup_steps,
+        warmup_steps=counted.warmup,
         warmup_ratio=training.warmup_ratio,
-        **dict(training.lr_scheduler_kwargs),
+        **counted.schedule,
     )
 
 
@@ -235,12 +243,14 @@ def step_of(
         eps=training.adam_epsilon,
         momentum=training.sgd_momentum,
     )
-    loss = sft_loss(
-        model.config,
-        compute=assemble.compute_of(config, model, longest_document=longest_document),
-        kind=training.trainer_kwargs.loss_type,
-        label_smoothing=training.trainer_kwargs.label_smoothing_factor,
-    )
+    compute = assemble.compute_of(config, model, longest_document=longest_document)
+    kwargs = training.trainer_kwargs
+    shaping = {"kind": kwargs.loss_type, "label_smoothing": kwargs.label_smoothing_factor}
+    loss = sft_loss(model.config, compute=compute, z_loss=training.z_loss, **shaping)
+    if training.trainer_type == "OUMI":
+        evaluated = cross_entropy_alone(model.config, compute=compute)
+    else:
+        evaluated = sft_loss(model.config, compute=compute, **shaping)
     trained, frozen = assemble.abstract_parts(model)
     random = model.lora is not None and model.lora.dropout > 0
     return build_step(
@@ -251,6 +261,7 @@ def step_of(
         max_grad_norm=training.max_grad_norm,
         frozen=frozen,
         seed=training.seed if random else None,
+        evaluated=evaluated,
     )
 
 
@@ -336,6 +347,13 @@ def _evaluation(validation: Feed | None) -> Callable[[], Iterator[Any]] | None:
     return again
 
 
+def _measures(config: ConfigDict, validation: Feed | None) -> Callable[[Any], dict[str, float]]:
+    """What an evaluation says beside its losses: of pretraining, how well the text is predicted."""
+    if config.training.trainer_type != "OUMI" or validation is None:
+        return lambda sums: {}
+    return functools.partial(text_measures, text_bytes=getattr(validation.data.counts, "text_bytes", None))
+
+
 def reading_of(config: ConfigDict) -> Reading:
     """How rows become tokens: the longest row, which tokens are trained."""
     kwargs = config.training.trainer_kwargs
@@ -387,7 +405,7 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
         row_length=feed.longest,
         total_steps=plan.steps,
         done_steps=start,
-        epochs=config.training.num_train_epochs if config.training.max_steps <= 0 else None,
+        epochs=config.training.num_train_epochs if steps_of(config, mesh).run is None else None,
         resumed_from=f"checkpoint-{start}" if start else None,
         output_dir=config.training.output_dir,
         more=[("data", data), *filled],

@@ -87,7 +87,8 @@ class Schedule:
 @dataclass
 class Run:
     """The parts of one run. `batches` is an `input_pipeline.batches.Batches` of all processes; `evaluation`
-    makes a fresh iterator over the validation split. `meta` is saved with every checkpoint."""
+    makes a fresh iterator over the validation split, and `measures` says what its sums mean beside their means. `meta`
+    is saved with every checkpoint; `shapes` are those of the batches so far, each compiled once."""
 
     step: Step
     frozen: Any
@@ -100,8 +101,10 @@ class Run:
     progress: Progress
     checkpoints: Checkpoints
     evaluation: Callable[[], Iterator[HostBatch]] | None = None
+    measures: Callable[[Mapping[str, Sum]], dict[str, float]] = lambda sums: {}
     meta: Mapping[str, Any] = field(default_factory=dict)
     tokens_seen: int = 0
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
 
 
 def train(run: Run, state: TrainState) -> TrainState:
@@ -118,6 +121,7 @@ def train(run: Run, state: TrainState) -> TrainState:
         while done < run.schedule.steps:
             with run.meter.waiting_for_data():
                 host = next(run.batches)
+                _tell_shape(run, host)
                 batch = device_batch(host, run.mesh)
             state, found = run.step.train(state, run.frozen, batch)
             done += 1
@@ -159,15 +163,15 @@ def device_batch(host: HostBatch, mesh: Mesh) -> Batch:
     }
 
 
-def evaluate(step: Step, params: Any, frozen: Any, mesh: Mesh, batches: Iterator[HostBatch]) -> dict[str, float]:
-    """The means of the method's sums over all batches: exact over tokens, however they are batched."""
+def evaluate(step: Step, params: Any, frozen: Any, mesh: Mesh, batches: Iterator[HostBatch]) -> dict[str, Sum]:
+    """The method's sums over all batches: exact over tokens, however they are batched."""
     sums: dict[str, Sum] | None = None
     for host in batches:
         found = step.evaluate(params, frozen, device_batch(host, mesh))
         sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
     if sums is None:
         raise ValueError("the validation split has no usable rows")
-    return {name: float(each.mean()) for name, each in sums.items()}
+    return sums
 
 
 def _log(run: Run, window: Window, done: int, losses: _Mean, *, steps: int) -> _Mean:
@@ -182,8 +186,9 @@ def _log(run: Run, window: Window, done: int, losses: _Mean, *, steps: int) -> _
 def _evaluate(run: Run, state: TrainState, done: int) -> None:
     assert run.evaluation is not None
     with run.meter.pause():
-        means = evaluate(run.step, state.params, run.frozen, run.mesh, run.evaluation())
-    values = {f"eval_{name}": value for name, value in means.items()}
+        sums = evaluate(run.step, state.params, run.frozen, run.mesh, run.evaluation())
+    found = {name: float(each.mean()) for name, each in sums.items()} | run.measures(sums)
+    values = {f"eval_{name}": value for name, value in found.items()}
     run.progress.show(done, run.metrics.log(done, values, epoch=_epoch(run, done)))
 
 
@@ -215,6 +220,16 @@ def _judge(run: Run, found: _Found | None) -> None:
         f"step {found.step} gave loss {loss} and gradient norm {norm}, and was not applied; {good}. Its rows: {rows}. "
         f"Look at them with `einkorn inspect`, or lower training.learning_rate"
     )
+
+
+def _tell_shape(run: Run, host: HostBatch) -> None:
+    """A batch of a new shape takes long, since the step is compiled for it: say so, once."""
+    shape = host["tokens"].shape
+    if shape not in run.shapes:
+        run.shapes.add(shape)
+        count = len(run.shapes)
+        many = f"{count} shape{'s' if count > 1 else ''} so far"
+        run.progress.note(f"compiling for rows of {shape[-1]:,} tokens; {many}")
 
 
 def _due(run: Run, every: Every, done: int) -> bool:

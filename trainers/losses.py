@@ -28,13 +28,14 @@ class Sum(NamedTuple):
 
 
 class TokenSums(NamedTuple):
-    """Sums over supervised tokens, in nats: the loss, the entropy of the prediction, and how often the target ranked
-    first.
+    """Sums over supervised tokens, in nats: the loss, the entropy of the prediction, how often the target ranked first,
+    and what of the loss is z-loss.
     """
 
     loss: jax.Array
     entropy: jax.Array
     correct: jax.Array
+    z_loss: jax.Array
 
 
 class Flavour(NamedTuple):
@@ -44,6 +45,7 @@ class Flavour(NamedTuple):
     label_smoothing: float
     detached_weight: bool
     softcap: float | None
+    z_loss: float
 
 
 def cross_entropy(
@@ -57,6 +59,7 @@ def cross_entropy(
     chunk: int = 1024,
     label_smoothing: float = 0.0,
     detached_weight: bool = False,
+    z_loss: float = 0.0,
 ) -> tuple[Sum, dict[str, Sum]]:
     """Weighted cross-entropy of every target, and what a training log shows beside it.
 
@@ -64,13 +67,17 @@ def cross_entropy(
     the head's bias and the cap c of its logits, c tanh(logits / c), if it has them; `chunk`, how many tokens of the
     batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is
     (1 - e) (-log p) + e mean_v(-log p_v); with `detached_weight` it is -p log p with the first p held fixed (DFT,
-    arXiv:2508.05629, eq. 9), and e has no effect. Returns the loss in nats as a `Sum` over tokens, and `entropy` (nats)
-    and `mean_token_accuracy` likewise; only the loss has a gradient.
+    arXiv:2508.05629, eq. 9), and e has no effect. With `z_loss` z, z log^2 Z is added to each, where Z is the sum over
+    the exponentials of its (capped) logits: it keeps log Z near 0 (PaLM, arXiv:2204.02311, section 5). Returns the loss
+    in nats as a `Sum` over tokens, and `entropy` (nats), `mean_token_accuracy` and, with a z, `z_loss` (what it adds)
+    likewise; only the loss has a gradient.
     """
     count = weights_BL.sum()
-    flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight, softcap)
+    flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight, softcap, z_loss)
     sums = _token_sums(hidden_BLD, (head_VD, bias_V), targets_BL, weights_BL, flavour)
     metrics = {"entropy": Sum(sums.entropy, count), "mean_token_accuracy": Sum(sums.correct, count)}
+    if z_loss:
+        metrics["z_loss"] = Sum(sums.z_loss, count)
     return Sum(sums.loss, count), metrics
 
 
@@ -89,7 +96,7 @@ def _forward(hidden_BLD, head, targets_BL, weights_BL, flavour):
 
 
 def _backward(flavour, kept, cotangent: TokenSums):
-    scale = cotangent.loss  # entropy and accuracy are for the log: no gradient flows through them
+    scale = cotangent.loss  # the others are for the log: no gradient flows through them
     d_hidden_BLD, d_head = jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), kept)
     return d_hidden_BLD, d_head, None, None
 
@@ -139,7 +146,7 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
         return carry, jnp.zeros_like(piece[0]) if gradients else None
 
     zero = jnp.zeros((), jnp.float32)
-    (sums, d_head), d_pieces = jax.lax.scan(body, (TokenSums(zero, zero, zero), d_head), pieces)
+    (sums, d_head), d_pieces = jax.lax.scan(body, (TokenSums(zero, zero, zero, zero), d_head), pieces)
     if not gradients:
         return sums, None, None
     d_sorted_BLD = jnp.moveaxis(d_pieces, 0, 1).reshape(B, steps * columns, D)[:, :L]
@@ -157,7 +164,8 @@ def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tupl
     if cap is not None:
         logits_TV = cap * jnp.tanh(logits_TV / cap)
     logits_TV = constrain(logits_TV, ROWS, "tensor")
-    shifted_TV = logits_TV - logits_TV.max(axis=-1)[:, None]
+    highest_T = logits_TV.max(axis=-1)
+    shifted_TV = logits_TV - highest_T[:, None]
     exp_TV = jnp.exp(shifted_TV)
     total_T = exp_TV.sum(axis=-1)
     lse_T = jnp.log(total_T)
@@ -171,12 +179,16 @@ def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tupl
     counted_T = weights_T
     if flavour.detached_weight:
         weights_T = weights_T * jnp.exp(-nll_T)
+    log_z_T = lse_T + highest_T
+    z_loss = (counted_T * flavour.z_loss * jnp.square(log_z_T)).sum()
     sums = TokenSums(
-        loss=(weights_T * loss_T).sum(),
+        loss=(weights_T * loss_T).sum() + z_loss,
         entropy=(counted_T * entropy_T).sum(),
         correct=(counted_T * (label_T >= 0)).sum(),
+        z_loss=z_loss,
     )
-    d_logits_TV = exp_TV * (weights_T / total_T)[:, None] - jnp.where(
+    of_lse_T = weights_T + counted_T * (2 * flavour.z_loss) * log_z_T  # d loss / d log Z, and d log Z / d logits = p
+    d_logits_TV = exp_TV * (of_lse_T / total_T)[:, None] - jnp.where(
         is_label_TV, ((1 - smooth) * weights_T)[:, None], 0.0
     )
     if smooth:

@@ -34,6 +34,8 @@ def metric_texts(values: Mapping[str, Any]) -> list[str]:
         "epoch": lambda value: f"epoch {value:.2f}",
         "loss": lambda value: f"loss {value:.4f}",
         "eval_loss": lambda value: f"eval_loss {value:.4f}",
+        "eval_perplexity": lambda value: f"perplexity {value:,.2f}",
+        "eval_bits_per_byte": lambda value: f"{value:.4f} bits a byte",
         "learning_rate": lambda value: f"lr {value:.2e}",
         "grad_norm": lambda value: f"grad_norm {value:.3f}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s{_per_device(values)}",

@@ -175,10 +175,16 @@ def _table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = ()) -> str:
 def _tiles(events: Sequence[dict[str, Any]], scores: Mapping[str, tuple[float, float]]) -> str:
     """The run in a few numbers; scores before → after, losses first → last."""
     tiles = [(f"{before:.0%} → {after:.0%}", name) for name, (before, after) in scores.items()]
-    for name, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+    first_to_last = {
+        "loss": ("training loss", ".3f"),
+        "eval_loss": ("evaluation loss", ".3f"),
+        "eval_perplexity": ("perplexity", ",.1f"),
+        "eval_bits_per_byte": ("bits a byte", ".3f"),
+    }
+    for name, (label, form) in first_to_last.items():
         _, values = series(events, name)
         if values:
-            tiles.append((f"{values[0]:.3f} → {values[-1]:.3f}", label))
+            tiles.append((f"{values[0]:{form}} → {values[-1]:{form}}", label))
     last: dict[str, Any] = {name: value for event in events for name, value in event.items()}
     worded = {
         "step": ("steps", lambda value: f"{value:,}"),

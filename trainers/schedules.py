@@ -197,6 +197,11 @@ def _warmup_stable_decay(
         raise ValueError("'warmup_stable_decay' needs lr_scheduler_kwargs.num_decay_steps")
     if num_stable_steps is None:
         num_stable_steps = run.steps - run.warmup - num_decay_steps
+    if num_stable_steps < 0:
+        raise ValueError(
+            f"'warmup_stable_decay' has {run.warmup} steps of warmup and {num_decay_steps} of decay in a run of "
+            f"{run.steps}; lower lr_scheduler_kwargs.num_decay_steps, or the warmup"
+        )
     turn, end = run.warmup + num_stable_steps, run.warmup + num_stable_steps + num_decay_steps
 
     def curve(kind, left, xp, cycles=0.5):

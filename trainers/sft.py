@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: next-token cross-entropy over the trained tokens of each conversation (also what pretraining
-computes).
+"""Supervised fine-tuning, next-token cross-entropy over the trained tokens of each conversation; and pretraining, which
+computes the same where every token of a text is trained.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,12 +14,15 @@ from trainers.losses import Sum, cross_entropy
 from trainers.step import Batch, Loss, Params, Sums
 
 
-def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", label_smoothing: float = 0.0) -> Loss:
+def sft_loss(
+    config: DecoderConfig, *, compute: Compute, kind: str = "nll", label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Loss:
     """The loss of a microbatch [B, L] of `tokens, targets, weights, segments, positions`, as a `Sum` over trained
     tokens.
 
     `kind` is TRL's `loss_type`: "nll", or "dft" (each token's loss weighted by its own probability, arXiv:2508.05629).
     `label_smoothing` mixes in the mean over the vocabulary, as transformers' LabelSmoother; it has no effect on "dft".
+    `z_loss` times log^2 Z is added to every token's loss, and shows as `z_loss` in the log (arXiv:2204.02311).
     A mixture of experts whose config.json asks for it adds its load-balancing loss, `aux_loss` in the log; each
     microbatch has its own, and counts by its tokens.
     """
@@ -46,6 +50,7 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
             softcap=out.softcap,
             detached_weight=kind == "dft",
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
         if not coefficient:
             return total, others
@@ -54,3 +59,11 @@ def sft_loss(config: DecoderConfig, *, compute: Compute, kind: str = "nll", labe
         return total._replace(total=total.total + coefficient * aux), others | {"aux_loss": Sum(aux, total.count)}
 
     return loss
+
+
+def cross_entropy_alone(config: DecoderConfig, *, compute: Compute) -> Loss:
+    """The loss without anything that shapes training (smoothing, z-loss, a router's balance): e to its mean is the
+    perplexity.
+    """
+    experts = config.experts and replace(config.experts, aux_coefficient=0.0)
+    return sft_loss(replace(config, experts=experts), compute=compute)

@@ -61,11 +61,13 @@ def build_step(
     max_grad_norm: float | None,
     frozen: Any = None,
     seed: int | None = None,
+    evaluated: Loss | None = None,
 ) -> Step:
     """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not
     trained: no gradient of it is formed, and no optimizer state. A loss that is random gets a key drawn from `seed`,
-    the step and the microbatch; without a seed it gets None.
+    the step and the microbatch; without a seed it gets None. `evaluated` is what evaluation computes, if not `loss`.
     """
+    evaluated = evaluated or loss
     everywhere = NamedSharding(mesh, P())
     param_shardings = parameter_shardings(abstract_params, mesh)
     shardings = TrainState(
@@ -95,11 +97,11 @@ def build_step(
 
     def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Sum]:
         def one(sums: dict[str, Sum], micro: Batch) -> tuple[dict[str, Sum], None]:
-            total, others = loss(params, frozen, micro, None)
+            total, others = evaluated(params, frozen, micro, None)
             return jax.tree.map(jnp.add, sums, {"loss": total, **others}), None
 
         first, rest = _split(batch)
-        total, others = loss(params, frozen, first, None)
+        total, others = evaluated(params, frozen, first, None)
         sums, _ = jax.lax.scan(one, {"loss": total, **others}, rest)
         return sums
 

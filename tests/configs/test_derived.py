@@ -117,3 +117,27 @@ def test_a_run_name_is_made_fit_for_folders_and_trackers():
     assert derived.run_name(config) == "my_run__1.b_c-d"
     config.training.run_name = "a" * 101
     assert derived.run_name(config) == "a" * 91 + "_9d079339"
+
+
+def test_tokens_become_steps_by_the_tokens_of_a_step_rounded_up():
+    config = get_config()
+    config.data.train.pack = True
+    config.model.model_max_length = 100
+    config.training.update(max_tokens=10_001, warmup_tokens=800, lr_scheduler_type="warmup_stable_decay")
+    config.training.lr_scheduler_kwargs = {"num_decay_tokens": 1_200, "decay_type": "linear"}
+    assert derived.steps(config, rows_per_step=4) == (26, 2, {"num_decay_steps": 3, "decay_type": "linear"})
+
+
+def test_what_is_set_in_steps_stays_as_it_is():
+    config = get_config()
+    assert derived.steps(config, rows_per_step=4) == (None, None, {})
+    config.training.update(max_steps=7, warmup_steps=2, lr_scheduler_kwargs={"num_cycles": 2})
+    assert derived.steps(config, rows_per_step=4) == (7, 2, {"num_cycles": 2})
+
+
+def test_tokens_of_a_schedule_must_be_a_number():
+    config = get_config()
+    config.data.train.pack = True
+    config.training.lr_scheduler_kwargs = {"num_decay_tokens": "1M"}
+    with pytest.raises(ValueError, match="num_decay_tokens is '1M'; allowed: a number of tokens"):
+        derived.steps(config, rows_per_step=4)

@@ -113,7 +113,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         # what is to come
         (
             "--training.trainer_type=TRL_DPO",
-            "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT",
+            "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI",
         ),
         ("--peft.llm_int8_skip_modules=[a]", "not implemented yet: peft.llm_int8_skip_modules: [a]"),
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
@@ -173,6 +173,22 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
             "deepspeed.train_batch_size: must be auto; say training.per_device_train_batch_size",
         ),
         (
+            "--training.max_tokens=1000000",
+            "training.max_tokens: needs rows of one length; set data.train.pack: true, or say it in steps",
+        ),
+        (
+            "--training.max_tokens=1000000 --training.max_steps=10",
+            "training.max_tokens: max_steps is set too; choose one",
+        ),
+        (
+            "--training.warmup_tokens=1000 --training.warmup_ratio=0.1",
+            "training.warmup_tokens: warmup_steps or warmup_ratio is set too; choose one",
+        ),
+        (
+            "--training.lr_scheduler_kwargs={num_decay_tokens: 9, num_decay_steps: 9}",
+            "training.lr_scheduler_kwargs.num_decay_tokens: num_decay_steps is set too; choose one",
+        ),
+        (
             "--fsdp.enable_fsdp=true --deepspeed.enable_deepspeed=true",
             "deepspeed.enable_deepspeed: fsdp.enable_fsdp is true too; choose one",
         ),
@@ -194,7 +210,7 @@ def test_of_a_method_to_come_only_the_method_is_told(problems):
           trainer_kwargs: {beta: 0.1, loss_type: sigmoid}
         """
     assert problems(text) == (
-        "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT (run.yaml:3)",
+        "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI (run.yaml:3)",
     )
 
 

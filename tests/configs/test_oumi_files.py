@@ -192,10 +192,10 @@ def test_the_page_on_sft_loads_as_written(source):
                 "not implemented yet: data.train.collator_name: vision_language_with_padding",
             ],
         ),
-        (PRETRAINING, ["not implemented yet: training.trainer_type: OUMI; works now: HF, TRL_SFT"]),
-        (DPO, ["not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT"]),
-        (GRPO, ["not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT"]),
-        (VERL, ["not implemented yet: training.trainer_type: VERL_GRPO; works now: HF, TRL_SFT"]),
+        (PRETRAINING, ["not implemented yet: data.train.stream: true"]),
+        (DPO, ["not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI"]),
+        (GRPO, ["not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI"]),
+        (VERL, ["not implemented yet: training.trainer_type: VERL_GRPO; works now: HF, TRL_SFT, OUMI"]),
     ],
     ids=["vision", "pretraining", "dpo", "grpo", "verl"],
 )
@@ -205,10 +205,14 @@ def test_the_other_pages_are_understood_and_fail_for_what_is_to_come_only(source
     assert [line.rpartition(" (")[0] for line in error.value.problems] == problems
 
 
+def test_wsd_is_read_as_the_schedule_transformers_calls_by_its_long_name(source):
+    loaded = load(source(SFT), [MODEL, "--training.lr_scheduler_type=wsd"])
+    assert loaded.config.training.lr_scheduler_type == "warmup_stable_decay"
+
+
 def test_the_page_on_pretraining_sets_the_length_and_packs(source):
-    loaded = load(
-        source(PRETRAINING.replace("OUMI", "TRL_SFT").replace("streaming: true", "streaming: false")), [MODEL]
-    )
+    loaded = load(source(PRETRAINING.replace("streaming: true", "streaming: false")), [MODEL])
+    assert loaded.config.training.trainer_type == "OUMI"
     assert loaded.config.model.model_max_length == 2048
     assert loaded.config.data.train.pack is True
 

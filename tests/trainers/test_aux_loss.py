@@ -12,7 +12,7 @@ from models.config import Compute
 from models.families import decoder_config
 from models.sharding import paths
 from models.weights import load_params
-from trainers.sft import sft_loss
+from trainers.sft import cross_entropy_alone, sft_loss
 
 ROUTER = "layers/moe/router/kernel"
 
@@ -68,3 +68,9 @@ def test_loss_and_the_routers_gradient_are_those_of_transformers(asked, tmp_path
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
     assert ("aux_loss" in others) is asked
     np.testing.assert_allclose(paths(ours)[ROUTER], paths(grads)[ROUTER], rtol=1e-4, atol=1e-6)
+    alone, _ = cross_entropy_alone(config, compute=Compute())(params, None, batch)
+    np.testing.assert_allclose(alone.mean() + 0.7 * asked * _aux(others), value, rtol=1e-6)
+
+
+def _aux(others) -> float:
+    return float(others["aux_loss"].mean()) if "aux_loss" in others else 0.0

@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 from trainers.losses import Sum, cross_entropy
 
 
-def plain(hidden, head, targets, weights, *, label_smoothing=0.0, detached_weight=False):
+def plain(hidden, head, targets, weights, *, label_smoothing=0.0, detached_weight=False, z_loss=0.0, softcap=None):
     """The formula as written, with all logits at once."""
-    log_p = jax.nn.log_softmax(jnp.einsum("bld,vd->blv", hidden, head))
+    logits = jnp.einsum("bld,vd->blv", hidden, head)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     if detached_weight:
         nll = jax.lax.stop_gradient(jnp.exp(-nll)) * nll
     elif label_smoothing:
         nll = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(axis=-1)
+    nll += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
     return (nll * weights).sum()
 
 
@@ -54,11 +58,14 @@ def test_logits_of_one_and_zero_by_hand():
     L=st.integers(1, 9),
     chunk=st.sampled_from([1, 3, 4, 1024]),
     variant=st.sampled_from([{}, {"label_smoothing": 0.1}, {"detached_weight": True}]),
+    z_loss=st.sampled_from([0.0, 1e-4, 0.5]),
+    softcap=st.sampled_from([None, 3.0]),
     trained=st.sampled_from([0.0, 0.2, 1.0]),
 )
 @settings(max_examples=25, deadline=None)
-def test_chunks_give_the_plain_formula_and_its_gradients(seed, B, L, chunk, variant, trained):
+def test_chunks_give_the_plain_formula_and_its_gradients(seed, B, L, chunk, variant, z_loss, softcap, trained):
     hidden, head, targets, weights = made(seed, B, L, trained=trained)
+    variant = variant | {"z_loss": z_loss, "softcap": softcap}
 
     def ours(hidden, head):
         return cross_entropy(hidden, head, targets, weights, chunk=chunk, **variant)[0].total
@@ -82,6 +89,39 @@ def test_label_smoothing_is_that_of_transformers():
     expected = LabelSmoother(epsilon=0.2)({"logits": logits}, labels).item()
     loss, _ = cross_entropy(hidden, head, targets, live.astype(np.float32), label_smoothing=0.2)
     np.testing.assert_allclose(loss.mean(), expected, rtol=1e-5)
+
+
+def test_z_loss_by_hand_is_its_share_times_the_square_of_log_z():
+    # two logits of 0: Z = 2, so z log^2 Z of a token is z (log 2)^2, beside -log p = log 2
+    hidden, head = jnp.zeros((1, 3, 4)), jnp.ones((2, 4))
+    loss, metrics = cross_entropy(hidden, head, jnp.array([[0, 1, 0]]), jnp.array([[1.0, 1.0, 0.0]]), z_loss=0.25)
+    np.testing.assert_allclose(metrics["z_loss"].mean(), 0.25 * np.log(2) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(loss.mean(), np.log(2) + 0.25 * np.log(2) ** 2, rtol=1e-6)
+    assert "z_loss" not in cross_entropy(hidden, head, jnp.zeros((1, 3), int), jnp.ones((1, 3)))[1]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_z_loss_and_its_gradients_are_those_of_torch(softcap):
+    import torch
+
+    hidden, head, targets, weights = made(7, 2, 6)
+    hidden_t, head_t = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
+    logits = torch.einsum("bld,vd->blv", hidden_t, head_t)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten(), reduction="none"
+    )
+    log_z = torch.logsumexp(logits, dim=-1).flatten()
+    expected = ((nll + 1e-2 * log_z**2) * torch.tensor(weights).flatten()).sum()
+    expected.backward()
+
+    def ours(hidden, head):
+        return cross_entropy(hidden, head, targets, weights, softcap=softcap, z_loss=1e-2, chunk=4)[0].total
+
+    value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, head)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(grads[0], hidden_t.grad, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grads[1], head_t.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_of_ten_thousand_stay_finite():
