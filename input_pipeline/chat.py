@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from input_pipeline.examples import Chat, Completion, Example, RowError
+from input_pipeline.examples import Chat, Completion, Example, RowError, Text
 from input_pipeline.template import REFUSALS, Template
 from input_pipeline.turns import Span, Turns, has_generation_blocks
 
@@ -69,8 +69,10 @@ def render(example: Example, template: Template, mask: LossMask) -> Rendered:
     """The text of an example and which of it is trained; RowError where that cannot be said exactly."""
     if isinstance(example, Chat):
         return _render_chat(example, template, mask)
+    if not isinstance(example, Completion | Text):
+        raise RowError(f"is an example ({type(example).__name__}) that is not rendered as one text")
     if mask.turns != "all":
-        raise RowError("has no assistant turns, and only those are to be trained")
+        raise RowError("has no assistant turns, and only those are to be trained", "roles")
     if isinstance(example, Completion):
         text = example.prompt + _ended(example.completion, template.tokenizer)
         return Rendered(text, True, None, None if mask.completion_only is False else example.prompt)

@@ -1,4 +1,5 @@
-"""What a row becomes once it is understood: a chat, a prompt with its completion, or plain text."""
+"""What a row becomes once it is understood: a chat, a prompt with its completion, plain text, a pair of answers, an
+answer with a label, or a prompt to be answered."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,10 +65,48 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+Side = str | tuple[Message, ...]  # a prompt or an answer; in an example all are strings, or all are messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Two answers to a prompt, of which `chosen` is preferred to `rejected`."""
+
+    prompt: Side
+    chosen: Side
+    rejected: Side
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """An answer to a prompt, and whether it is a wanted one."""
+
+    prompt: Side
+    completion: Side
+    label: bool
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt to be answered; `columns` are the row's other fields, which reward functions are given by name."""
+
+    prompt: Side
+    columns: Mapping[str, Any]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+
+Example = Chat | Completion | Text | Preference | Feedback | Prompt
 
 
 def show(value: Any, limit: int = 80) -> str:
     """A value as it stands in an error message: its repr, cut after `limit` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes out; nested too deeply
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else f"{text[:limit]}…"

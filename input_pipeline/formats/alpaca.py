@@ -8,7 +8,8 @@ sentences become the system message.
 from collections.abc import Mapping
 from typing import Any
 
-from input_pipeline.examples import Chat, RowError, show
+from input_pipeline import fields
+from input_pipeline.examples import Chat, RowError
 
 _TASK = "Below is an instruction that describes a task"
 _ANSWER = "Write a response that appropriately completes the request."
@@ -18,9 +19,12 @@ def matches(row: Mapping[str, Any]) -> bool:
     return "instruction" in row and "output" in row
 
 
-def parse(row: Mapping[str, Any], *, system_prompt: bool = False) -> Chat:
-    instruction, output = _string(row, "instruction"), _string(row, "output")
-    context = _string(row, "input") if row.get("input") is not None else ""
+def parse(row: Mapping[str, Any], *, system_prompt: bool = False, empty_answers: bool = False) -> Chat:
+    """`empty_answers`: rows without an answer are trained on too; tatsu-lab/alpaca has 28 of them."""
+    instruction, output = fields.text(row.get("instruction"), "instruction"), fields.text(row.get("output"), "output")
+    context = fields.text(row["input"], "input") if row.get("input") is not None else ""
+    if not output and not empty_answers:
+        raise RowError("output is empty", "empty")
     if not system_prompt:
         user = f"{instruction}\n\n{context}".strip()
         return Chat(messages=({"role": "user", "content": user}, {"role": "assistant", "content": output}))
@@ -35,9 +39,3 @@ def parse(row: Mapping[str, Any], *, system_prompt: bool = False) -> Chat:
             {"role": "assistant", "content": output},
         )
     )
-
-
-def _string(row: Mapping[str, Any], field: str) -> str:
-    if not isinstance(row.get(field), str):
-        raise RowError(f"{field} must be a string, not {show(row.get(field))}")
-    return row[field]

@@ -1,45 +1,112 @@
-"""`{"messages": [{"role": "user", "content": "…"}, …], "tools": […]}`, also inside `{"conversation": {…}}`."""
+"""`{"messages": [{"role": "user", "content": "…"}, …], "tools": […]}`, also inside `{"conversation": {…}}`.
 
-import json
+What is said of messages here holds for all formats that have them. The order of roles is the chat template's to judge,
+as in TRL and Oumi; refused is only what no template can make sense of.
+"""
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from input_pipeline.examples import Chat, Message, RowError, show
+from input_pipeline import fields
+from input_pipeline.examples import Chat, Message, RowError, Side, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_KEPT = ("tool_call_id", "name", "reasoning_content", "thinking", "reasoning")  # fields that chat templates read
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_KEPT = ("tool_call_id", "name", *_REASONING)  # fields that chat templates read
+_NOT_VARIABLES = ("messages", "tools", "prompt", "conversation", "chat_template", "add_generation_prompt", "tokenize")
 
 
 def matches(row: Mapping[str, Any]) -> bool:
     inner = row.get("conversation")
-    return isinstance(row.get("messages"), Sequence) or (isinstance(inner, Mapping) and "messages" in inner)
+    messages = inner.get("messages") if isinstance(inner, Mapping) else row.get("messages")
+    return isinstance(messages, Sequence) and not _is_prompt_of_a_pair(row, messages)
 
 
 def parse(row: Mapping[str, Any]) -> Chat:
-    path, inner = ("", row) if "messages" in row else ("conversation.", row.get("conversation"))
-    if not isinstance(inner, Mapping) or "messages" not in inner:
+    inner, path = row, ""
+    if row.get("messages") is None and isinstance(row.get("conversation"), Mapping):
+        inner, path = row["conversation"], "conversation."
+    if inner.get("messages") is None:
         raise RowError(f"no messages: the row's fields are {sorted(map(str, row))}")
+    messages = parse_messages(inner["messages"], f"{path}messages")
+    check_chat(messages, f"{path}messages")
     return Chat(
-        messages=parse_messages(inner["messages"], f"{path}messages"),
+        messages=messages,
         tools=parse_tools(inner.get("tools") or row.get("tools"), f"{path}tools"),
         template_kwargs=parse_template_kwargs(row),
     )
 
 
+def _is_prompt_of_a_pair(row: Mapping[str, Any], messages: Sequence[Any]) -> bool:
+    """Whether what the messages lead to stands in `chosen` and `rejected`."""
+    roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+    return "chosen" in row and "rejected" in row and "assistant" not in roles[-1:]
+
+
 def parse_template_kwargs(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The row's own variables for the chat template, such as `enable_thinking`."""
     kwargs = row.get("chat_template_kwargs")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
+    if not kwargs:
+        return None
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise RowError(f"chat_template_kwargs must be an object, not {show(kwargs)}")
-    return kwargs or None
+    if wrong := [name for name in _NOT_VARIABLES if name in kwargs]:
+        raise RowError(f"chat_template_kwargs.{wrong[0]} is no variable of a row's own")
+    return kwargs
+
+
+def parse_side(value: Any, path: str) -> Side:
+    """A prompt or an answer: a string, a list of messages, `{"messages": […]}`, or one message."""
+    if isinstance(value, str):
+        return fields.text(value, path)
+    if isinstance(value, Mapping):
+        return parse_messages(value["messages"], f"{path}.messages") if "messages" in value else _alone(value, path)
+    if isinstance(value, Sequence):
+        return parse_messages(value, path)
+    raise RowError(f"{path} must be a string or a list of messages, not {show(value)}")
+
+
+def as_messages(side: Side, role: str) -> tuple[Message, ...]:
+    """Messages as they are; of a string, the message of a role that says it."""
+    return ({"role": role, "content": side},) if isinstance(side, str) else side
+
+
+def check_side(side: Side, path: str) -> None:
+    """RowError where nothing stands in a prompt or an answer."""
+    if not side or not (isinstance(side, str) or any(map(says, side))):
+        raise RowError(f"{path} is empty", "empty")
+
+
+def says(message: Message) -> bool:
+    """Whether a message holds anything."""
+    return any(message.get(name) for name in ("content", "tool_calls", *_REASONING))
+
+
+def check_chat(messages: Sequence[Message], path: str) -> None:
+    """RowError where roles make no sense, or where nobody says anything (of an assistant: where it never does)."""
+    check_roles(messages, path)
+    asked = [message for message in messages if message["role"] == "assistant"] or messages
+    if not any(map(says, asked)):
+        raise RowError(f"{path}: {'the assistant' if asked is not messages else 'nobody'} says anything", "empty")
+
+
+def check_roles(messages: Sequence[Message], path: str) -> None:
+    """RowError for calls of anyone but the assistant, and for results of tools before it has said anything."""
+    answered = False
+    for i, message in enumerate(messages):
+        answered |= message["role"] == "assistant"
+        if message["role"] == "tool" and not answered:
+            raise RowError(f"{path}[{i}] is the result of a tool, and no assistant turn stands before it", "roles")
+        if message.get("tool_calls") and message["role"] != "assistant":
+            raise RowError(f"{path}[{i}].tool_calls: only the assistant calls tools, not {message['role']}", "roles")
 
 
 def parse_messages(messages: Any, path: str) -> tuple[Message, ...]:
     """Check and normalise a list of messages; `path` names it in errors."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise RowError(f"{path} must be a list of messages, not {show(messages)}")
     if not messages:
-        raise RowError(f"{path} is empty")
+        raise RowError(f"{path} is empty", "empty")
     return tuple(parse_message(message, f"{path}[{i}]") for i, message in enumerate(messages))
 
 
@@ -48,31 +115,35 @@ def parse_message(message: Any, path: str) -> Message:
         raise RowError(f"{path} must be an object with role and content, not {show(message)}")
     role = message.get("role")
     if role not in ROLES:
-        raise RowError(f"{path}.role is {show(role)}; allowed: {', '.join(ROLES)}")
+        raise RowError(f"{path}.role is {show(role)}; allowed: {', '.join(ROLES)}", "roles")
     parsed = {"role": role}
     calls = parse_tool_calls(message.get("tool_calls"), f"{path}.tool_calls")
     content = message.get("content")
     if content is not None:
         parsed["content"] = parse_content(content, f"{path}.content")
     elif not calls:
-        raise RowError(f"{path}.content is missing; a message needs content or tool_calls")
+        raise RowError(f"{path}.content is missing; a message needs content or tool_calls", "empty")
     if calls:
         parsed["tool_calls"] = calls
-    return parsed | {key: message[key] for key in _KEPT if message.get(key) is not None}
+    return parsed | {key: fields.text(message[key], f"{path}.{key}") for key in _KEPT if message.get(key) is not None}
+
+
+def _alone(message: Mapping[str, Any], path: str) -> tuple[Message, ...]:
+    return (parse_message(message, path),)
 
 
 def parse_content(content: Any, path: str) -> str:
     """A string, or a list of text items, which are joined as they stand."""
     if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
+        return fields.text(content, path)
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise RowError(f"{path} must be a string or a list of items, not {show(content)}")
     return "".join(_text_of(item, f"{path}[{i}]") for i, item in enumerate(content))
 
 
 def _text_of(item: Any, path: str) -> str:
     if isinstance(item, str):
-        return item
+        return fields.text(item, path)
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind is None:
         raise RowError(f"{path} must be an object with type and content, not {show(item)}")
@@ -81,16 +152,13 @@ def _text_of(item: Any, path: str) -> str:
     text = item.get("content") if item.get("content") is not None else item.get("text")
     if kind != "text" or not isinstance(text, str):
         raise RowError(f'{path} must be {{"type": "text", "content": "…"}}, not {show(item)}')
-    return text
+    return fields.text(text, path)
 
 
 def parse_tools(tools: Any, path: str) -> tuple[Mapping[str, Any], ...] | None:
     """Tool definitions: a list of objects, or the same as a JSON string."""
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(f"{path} is a string but not JSON ({error}): {show(tools)}") from None
+        tools = fields.from_json(tools, path) if tools else None
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -102,7 +170,7 @@ def parse_tool_calls(calls: Any, path: str) -> list[dict[str, Any]]:
     """Tool calls with `function.arguments` as an object where it can be read as one (JSON strings are)."""
     if not calls:
         return []
-    if not isinstance(calls, Sequence) or isinstance(calls, str):
+    if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
         raise RowError(f"{path} must be a list, not {show(calls)}")
     return [_parse_tool_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
 
@@ -115,9 +183,9 @@ def _parse_tool_call(call: Any, path: str) -> dict[str, Any]:
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as error:
-            raise RowError(f"{path}.function.arguments is not JSON ({error}): {show(arguments)}") from None
-    parsed = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        arguments = fields.from_json(arguments or "{}", f"{path}.function.arguments")
+    parsed = {
+        "type": "function",
+        "function": {"name": fields.text(function["name"], f"{path}.function.name"), "arguments": arguments or {}},
+    }
     return parsed | ({"id": call["id"]} if call.get("id") is not None else {})

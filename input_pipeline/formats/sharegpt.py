@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from input_pipeline import fields
 from input_pipeline.examples import Chat, RowError, show
-from input_pipeline.formats.conversation import parse_messages, parse_tools
+from input_pipeline.formats.conversation import check_chat, parse_messages, parse_template_kwargs, parse_tools
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # others keep their name
 
@@ -17,13 +18,24 @@ def parse(row: Mapping[str, Any]) -> Chat:
     turns = row.get("conversations")
     if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowError(f"conversations must be a list of objects, not {show(turns)}")
-    messages = [_message(turn) for turn in turns]
-    if isinstance(system := row.get("system"), str) and system and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": system})
-    return Chat(messages=parse_messages(messages, "conversations"), tools=parse_tools(row.get("tools"), "tools"))
+    messages = parse_messages([_message(turn, f"conversations[{i}]") for i, turn in enumerate(turns)], "conversations")
+    check_chat(messages, "conversations")
+    if row.get("system") and messages[0]["role"] != "system":
+        messages = ({"role": "system", "content": fields.text(row["system"], "system")}, *messages)
+    return Chat(
+        messages=messages, tools=parse_tools(row.get("tools"), "tools"), template_kwargs=parse_template_kwargs(row)
+    )
 
 
-def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    role = turn.get("from", turn.get("role"))
+def _message(turn: Mapping[str, Any], path: str) -> dict[str, Any]:
+    role, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if role == "function_call":
+        return {"role": "assistant", "tool_calls": _calls(said, f"{path}.value")}
     rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": _ROLES.get(str(role), role), "content": turn.get("value", turn.get("content")), **rest}
+    return {"role": _ROLES.get(str(role), role), "content": said, **rest}
+
+
+def _calls(said: Any, path: str) -> list[dict[str, Any]]:
+    """Calls written as JSON, `{"name": …, "arguments": …}` or a list of these."""
+    calls = fields.from_json(fields.text(said, path), path)
+    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from input_pipeline.examples import RowError, Text, show
+from input_pipeline import fields
+from input_pipeline.examples import RowError, Text
 
 
 def matches(row: Mapping[str, Any]) -> bool:
@@ -11,6 +12,7 @@ def matches(row: Mapping[str, Any]) -> bool:
 
 
 def parse(row: Mapping[str, Any], *, field: str = "text") -> Text:
-    if not isinstance(row.get(field), str):
-        raise RowError(f"{field} must be a string, not {show(row.get(field))}")
-    return Text(text=row[field])
+    text = fields.text(row.get(field), field)
+    if not text:
+        raise RowError(f"{field} is empty", "empty")
+    return Text(text=text)
