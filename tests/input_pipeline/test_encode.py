@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 import trl
+from hypothesis import given
+from hypothesis import strategies as st
 
 from input_pipeline.chat import LossMask, Rendered, Trained, render
 from input_pipeline.encode import common_prefix, encode, token_bounds
@@ -132,3 +134,53 @@ def test_what_is_cut_off_is_cut_after_the_labels_and_said(tokenizer):
 
 def test_the_common_prefix_of_two_sequences():
     assert [common_prefix([1, 2, 3], b) for b in ([1, 2, 3, 4], [1, 2], [1, 5, 3], [7], [])] == [3, 2, 1, 0, 0]
+
+
+class TestTokenizersLibraryAskedDirectly:
+    """Transformers' wrapper is left out where it adds nothing; the ids must be those that it gives."""
+
+    @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=4), special_tokens=st.booleans())
+    def test_the_ids_are_those_of_transformers(self, tokenizer, texts, special_tokens):
+        rows = encode([Rendered(text, special_tokens, None) for text in texts], tokenizer, max_length=None)
+        wrapped = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
+        assert [row.ids.tolist() for row in rows] == wrapped
+
+    @given(text=st.text(max_size=60))
+    def test_offsets_do_not_change_the_ids(self, tokenizer, text):
+        text = f"<|im_start|>user\n{text}<|im_end|>"
+        masked, all_trained = (
+            encode([Rendered(text, False, spans)], tokenizer, max_length=None)[0] for spans in ((Trained(0, 5),), None)
+        )
+        assert masked.ids.tolist() == all_trained.ids.tolist()
+
+    def test_a_truncation_or_padding_left_in_the_tokenizer_is_not_applied(self, tokenizer_maker):
+        tokenizer = tokenizer_maker()
+        texts = ["The weather in Oslo today", "?"]
+        expected = [row.ids.tolist() for row in encode_texts(texts, tokenizer)]
+        tokenizer(texts, truncation=True, max_length=3, padding="max_length")
+        assert [row.ids.tolist() for row in encode_texts(texts, tokenizer)] == expected
+
+    def test_a_tokenizer_with_steps_of_its_own_is_asked_through_them(self, tokenizer_maker):
+        class Lower(transformers.PreTrainedTokenizerFast):
+            def _encode_plus(self, text, *args, **kwargs):
+                return super()._encode_plus([t.lower() for t in text], *args, **kwargs)
+
+        plain = tokenizer_maker()
+        lower = Lower(tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>")
+        for spans in (None, (Trained(0, 3),)):
+            (row,) = encode([Rendered("OSLO", False, spans)], lower, max_length=None)
+            assert row.ids.tolist() == plain("oslo")["input_ids"]
+
+
+def encode_texts(texts, tokenizer, max_length=None):
+    template = Template(tokenizer)
+    return encode([render(Text(text=text), template, LossMask()) for text in texts], tokenizer, max_length=max_length)
+
+
+@given(text=st.text(alphabet="abc é€😀 ", max_size=40), length=st.integers(1, 30))
+def test_the_bytes_of_a_row_are_those_of_the_text_that_its_tokens_spell(tokenizer, text, length):
+    whole, cut = (encode_texts([text], tokenizer, max_length)[0] for max_length in (None, length))
+    assert whole.text_bytes == len(text.encode())  # without the end-of-sequence token
+    ids = whole.ids[:length].tolist()
+    spelled = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+    assert cut.text_bytes == len(spelled.encode())
