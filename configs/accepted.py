@@ -16,7 +16,6 @@ MODEL: Table = {
 }
 
 DATASET: Table = {
-    "shuffle_buffer_size": no_effect(1000, int, "rows are shuffled as a whole"),
     "trust_remote_code": no_effect(False, bool, "code from the hub is never run"),
 }
 
@@ -97,7 +96,6 @@ TRAINING: Table = {
     "include_performance_metrics": no_effect(False, bool, "speed and MFU are always shown"),
     "include_alternative_mfu_metrics": no_effect(False, bool, "there is one MFU"),
     "label_ignore_index": no_effect(None, int, "what is not trained has weight 0; no token stands for it"),
-    "dataloader_num_workers": no_effect(0, int, "a thread prepares the next batches", words=("auto",), low=0),
     "dataloader_prefetch_factor": no_effect(None, int, "a thread prepares the next batches", low=1),
     "dataloader_persistent_workers": no_effect(False, bool, "a setting of torch"),
     "dataloader_main_process_only": no_effect(None, bool, "each process reads its own rows"),

@@ -81,6 +81,7 @@ DATASET: Table = {
     "mixture_proportion": Key(
         None, float, "share of the split's rows; for all of its datasets, or none", low=0, high=1
     ),
+    "shuffle_buffer_size": Key(1000, int, "rows of a stream that are shuffled among one another", low=1),
     "transform_num_workers": Key(None, int, "processes that tokenize; null: auto", words=("auto",), low=1),
     "streaming": Same("data.<split>.stream", "the documentation's name of it"),
     **accepted.DATASET,
@@ -100,11 +101,17 @@ SPLIT: Table = {
         ("ALL_ASSISTANT_TURNS", "FINAL_ASSISTANT_TURN"),
         "the turns which collator_name text_completions_only_with_padding trains",
     ),
-    "pack": Key(False, bool, "put several rows into one of model_max_length tokens, none of them cut"),
+    "pack": Key(False, bool, "put several rows into one of model_max_length tokens"),
+    "isolate_documents": Key(
+        True, bool, "ours: rows packed into one do not see one another; false: they do, as in older pretraining"
+    ),
     "on_bad_row": Key(
         "raise", ("raise", "skip"), "ours: a row that cannot be used is an error, or skipped and counted"
     ),
-    "stream": later(False, bool, "read rows as they come, without knowing how many there are"),
+    "max_bad_row_fraction": Key(
+        0.1, float, "ours: with on_bad_row skip, more bad rows than this share end the run", low=0, high=1
+    ),
+    "stream": Key(False, bool, "read rows as they come; without training.max_steps, those on disk are counted first"),
     "mixture_strategy": Key(
         "first_exhausted", ("first_exhausted", "all_exhausted"), "a mixture ends when one dataset has, or when all have"
     ),
@@ -125,13 +132,18 @@ TRAINER_KWARGS: Table = {
     "dataloader_drop_last": Key(False, bool, "leave out an epoch's last batch if it is not full"),
     "loss_type": Key("nll", ("nll", "dft"), "-log p, or -p log p with p held fixed", read_as={"chunked_nll": "nll"}),
     "label_smoothing_factor": Key(0.0, float, "share of the loss spread over all tokens", low=0, below=1),
+    "packing_strategy": Key(
+        None,
+        ("bfd", "bfd_split", "wrapped"),
+        "how pack packs: best fit of whole rows, the same after cutting long ones, or all on end, cut anywhere; null: "
+        "wrapped for trainer_type OUMI, else bfd",
+    ),
     "packing": Same("data.train.pack", "TRL's name of it"),
     "eval_packing": Same("data.validation.pack", "TRL's name of it"),
     "pad_token": Same("model.tokenizer_pad_token", "TRL's name of it"),
     "save_total_limit": Same("training.keep_checkpoints", "transformers' name of it"),
     "max_seq_length": Same("training.trainer_kwargs.max_length", "older TRL's name of it"),
     "truncation_mode": later("keep_start", ("keep_start", "keep_end"), "what is kept of longer rows"),
-    "packing_strategy": later("bfd", ("bfd", "bfd_split", "wrapped"), "how pack packs"),
     "count_position_zero": later(False, bool, "ours: divide by rows' first tokens too, as transformers up to 5.9 does"),
     "average_tokens_across_devices": later(True, bool, "the loss is a mean over the tokens of all devices"),
     "eos_token": later(None, str, "token that ends a row"),
@@ -210,6 +222,13 @@ TRAINING: Table = {
     ),
     "scan_unroll": Key(
         1, int, "ours: layers in one turn of the loop over them; more runs faster, compiles longer", low=1
+    ),
+    "dataloader_num_workers": Key(
+        0,
+        int,
+        "processes that read and tokenise a stream; 0: a thread; auto: an eighth of the cores",
+        words=("auto",),
+        low=0,
     ),
     "compile_cache_dir": Key("~/.cache/einkorn/compiled", str, "ours: keeps compiled programs; null: none", null=True),
     # Evaluation, checkpoints, resuming.

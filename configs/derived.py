@@ -54,6 +54,18 @@ def steps(config: Any, *, rows_per_step: int) -> Steps:
     return Steps(run, warmup, options)
 
 
+def packing(config: Any) -> str:
+    """How packed rows are packed: "bfd", "bfd_split" or "wrapped"."""
+    default = "wrapped" if config.training.trainer_type == "OUMI" else "bfd"
+    return config.training.trainer_kwargs.packing_strategy or default
+
+
+def workers(config: Any, *, cores: int) -> int:
+    """Processes that read and tokenise a stream; 0: a thread."""
+    asked = config.training.dataloader_num_workers
+    return min(8, cores // 8) if asked == "auto" else asked
+
+
 def compute_dtype(config: Any) -> str | None:
     """The dtype to compute in, "bfloat16", or None for that of the parameters."""
     asked = [config.training.mixed_precision_dtype == "BF16"]

@@ -7,15 +7,18 @@
 import difflib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from input_pipeline import formats
 from input_pipeline.examples import Example, RowError
+from input_pipeline.shards import Shard, open_shards
 from input_pipeline.sources import Rows, open_rows, read
 
-FILES = ("text_sft", "text_sft_jsonl")  # rows from dataset_path
+Record = tuple[Any, Callable[[], str]]  # a row, or the error of reading it; what names its place
+
+FILES = ("text_sft", "text_sft_jsonl", "text")  # rows from dataset_path
 ALPACA = ("tatsu-lab/alpaca", "yahma/alpaca-cleaned")  # hub names read with Alpaca's system prompt
 LATER = {
     "vl_sft": "vision-language data",
@@ -23,7 +26,6 @@ LATER = {
     "vision_language_jsonl": "vision-language data",
     "preference_pairs_jsonl": "preference data",
     "vision_dpo_jsonl": "preference data",
-    "text": "pretraining data",
 }
 NO_EFFECT = ("task", "return_tensors", "return_conversations", "return_conversations_format")
 
@@ -42,7 +44,7 @@ class Entry:
     shuffle: bool = False
     seed: int | None = None
     transform_num_workers: int | str | None = None
-    streaming: bool = False
+    shuffle_buffer_size: int = 1000
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Entry":
@@ -52,6 +54,11 @@ class Entry:
         given = {key: value for key, value in dict(entry).items() if key in known and value is not None}
         given["dataset_kwargs"] = _plain(given.get("dataset_kwargs", {}))
         return cls(**given)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all rows can be had from this machine: of files and functions, not of the hub or another store."""
+        return "://" not in self.dataset_path if self.dataset_path else ":" in (self.dataset_name or "")
 
 
 @dataclass(frozen=True)
@@ -89,19 +96,43 @@ class Dataset:
         return self.meaning.example(read(self.rows, index), functools.partial(self.rows.where, index))
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Rows in shards, each read from its beginning to its end, with their meaning."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    meaning: Meaning
+
+
 def open_dataset(entry: Entry, *, skip_bad_rows: bool = False, text_field: str = "text") -> Dataset:
     """Open the rows of an entry and settle their format, from `dataset_kwargs.format` or the first row (the first good
     one with `skip_bad_rows`). `text_field` is the column of plain text rows."""
-    if entry.dataset_name in LATER:
-        raise NotImplementedError(
-            f"not implemented yet: dataset_name {entry.dataset_name!r} ({LATER[entry.dataset_name]})"
-        )
-    if entry.streaming:
-        raise NotImplementedError("not implemented yet: streaming datasets")
-    ours, rest = _split_kwargs(entry)
-    rows = _open(entry, rest, hub_name=ours.get("dataset_name_override"))
-    first = functools.partial(_detect, rows, skip_bad_rows)
+    ours, source = _source(entry)
+    rows = open_rows(**source)
+
+    def records() -> Iterator[Record]:
+        for index in range(len(rows)):
+            try:
+                yield read(rows, index), functools.partial(rows.where, index)
+            except RowError as error:
+                yield error, functools.partial(rows.where, index)
+
+    first = functools.partial(_detect, records(), skip_bad_rows)
     return Dataset(rows, _meaning(entry, ours, text_field=text_field, detect=first))
+
+
+def open_stream(entry: Entry, *, skip_bad_rows: bool = False, text_field: str = "text") -> Stream:
+    """`open_dataset` for rows that are read one after the other; as much is read of them as is needed to know their
+    format."""
+    ours, source = _source(entry)
+    shards = tuple(open_shards(**source))
+    records = (
+        (record.row, functools.partial(shard.where, record.number)) for shard in shards for record in shard.read()
+    )
+    first = functools.partial(_detect, records, skip_bad_rows)
+    name = entry.dataset_path or entry.dataset_name or ""
+    return Stream(os.fspath(name), shards, _meaning(entry, ours, text_field=text_field, detect=first))
 
 
 def _meaning(entry: Entry, ours: Mapping[str, Any], *, text_field: str, detect: Callable[[str], str]) -> Meaning:
@@ -124,17 +155,21 @@ def _meaning(entry: Entry, ours: Mapping[str, Any], *, text_field: str, detect: 
     )
 
 
-def _open(entry: Entry, kwargs: dict[str, Any], *, hub_name: str | None) -> Rows:
+def _source(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dataset_kwargs that say what rows mean, and the arguments that open them."""
     name = entry.dataset_name
+    if name in LATER:
+        raise NotImplementedError(f"not implemented yet: dataset_name {name!r} ({LATER[name]})")
     if name in FILES and not entry.dataset_path:
         raise ValueError(f"dataset_name {name!r} reads rows from a file: set dataset_path")
-    return open_rows(
-        None if name in FILES else hub_name or name,
-        os.fspath(entry.dataset_path) if entry.dataset_path else None,
-        subset=entry.subset,
-        split=entry.split,
-        kwargs=kwargs,
-    )
+    ours, kwargs = _split_kwargs(entry)
+    return ours, {
+        "name": None if name in FILES else ours.get("dataset_name_override") or name,
+        "path": os.fspath(entry.dataset_path) if entry.dataset_path else None,
+        "subset": entry.subset,
+        "split": entry.split,
+        "kwargs": kwargs,
+    }
 
 
 _OURS = (
@@ -161,15 +196,16 @@ def _split_kwargs(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
     return ours, rest
 
 
-def _detect(rows: Rows, skip_bad_rows: bool, text_field: str) -> str:
+def _detect(records: Iterable[Record], skip_bad_rows: bool, text_field: str) -> str:
     first: RowError | None = None
-    for index in range(len(rows)):
+    for row, where in records:
         try:
-            row = read(rows, index)
+            if isinstance(row, RowError):
+                raise row
             try:
                 return formats.detect(row, text_field)
             except RowError as error:
-                raise error.at(rows.where(index)) from None
+                raise error.at(where()) from None
         except RowError as error:
             if not skip_bad_rows:
                 raise

@@ -3,7 +3,7 @@
 # A accumulation steps, B rows of a microbatch over all processes, L tokens of a row, n tokens of a line
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,27 +12,32 @@ BUCKET = 64  # the shortest padded row
 
 class Line(NamedTuple):
     """A row of a batch before padding, of one document or several: `columns` int32 [n, 3] of token, target, weight
-    (0 or 1), `segments` and `positions` int32 [n]; and which rows of the store it was made of."""
+    (0 or 1), `segments` and `positions` int32 [n]; and which rows it was made of, as `name_of` of the
+    batches knows them."""
 
     columns: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
-    rows: tuple[int, ...]
+    rows: tuple[Any, ...]
 
 
-def shift(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Columns int32 [n, 3] of a document: token, the next token as its target, and whether that one is trained.
+def shift(ids: np.ndarray, trained: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Columns int32 [n, 3] of a document's tokens `start` up to `stop`: token, the next token as its target, and
+    whether that one is trained.
 
-    The last token has no target (0, weight 0): it must never predict the first of another document.
+    The document's last token has no target (0, weight 0): it must never predict the first of another document. The last
+    one of a piece has: the first of the next piece.
     """
-    columns = np.zeros((len(ids), 3), np.int32)
-    columns[:, 0] = ids
-    columns[:-1, 1] = ids[1:]
-    columns[:-1, 2] = trained[1:]
+    stop = len(ids) if stop is None else min(stop, len(ids))
+    columns = np.zeros((stop - start, 3), np.int32)
+    columns[:, 0] = ids[start:stop]
+    targets = ids[start + 1 : stop + 1]
+    columns[: len(targets), 1] = targets
+    columns[: len(targets), 2] = trained[start + 1 : stop + 1]
     return columns
 
 
-def line_of(columns: np.ndarray, row: int) -> Line:
+def line_of(columns: np.ndarray, row: Any) -> Line:
     """The line of one document."""
     return Line(columns, np.ones(len(columns), np.int32), np.arange(len(columns), dtype=np.int32), (row,))
 

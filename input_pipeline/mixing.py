@@ -31,14 +31,9 @@ def mix(
     does; "first_exhausted" stops when the first dataset has run out, "all_exhausted" repeats datasets until each has
     run out once.
     """
-    given = [p is not None for p in proportions]
-    if not any(given):
+    if shares(proportions) is None:
         which = np.repeat(np.arange(len(lengths)), lengths)
         return which, np.concatenate([np.arange(n) for n in lengths]) if lengths else which
-    if not all(given):
-        raise ValueError("mixture_proportion must be set for all datasets of a split or for none")
-    if not np.isclose(total := sum(p or 0 for p in proportions), 1.0):
-        raise ValueError(f"the mixture_proportion values of a split must sum to 1, not {total}")
     if strategy not in ("first_exhausted", "all_exhausted"):
         raise ValueError(f"mixture_strategy {strategy!r} is unknown; allowed: first_exhausted, all_exhausted")
     import datasets
@@ -48,6 +43,19 @@ def mix(
         numbered, probabilities=[float(p or 0) for p in proportions], seed=seed, stopping_strategy=strategy
     ).with_format("numpy")
     return np.asarray(mixed["set"][:]), np.asarray(mixed["row"][:])
+
+
+def shares(proportions: Sequence[float | None]) -> tuple[float, ...] | None:
+    """The proportions of a split's datasets; None where none is given. ValueError where only some are, or their sum is
+    not 1."""
+    given = [p for p in proportions if p is not None]
+    if not given:
+        return None
+    if len(given) != len(proportions):
+        raise ValueError("mixture_proportion must be set for all datasets of a split or for none")
+    if not np.isclose(total := sum(given), 1.0):
+        raise ValueError(f"the mixture_proportion values of a split must sum to 1, not {total}")
+    return tuple(map(float, given))
 
 
 def _permutation(rows: int, seed: int) -> np.ndarray:

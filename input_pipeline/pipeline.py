@@ -8,25 +8,40 @@ from typing import Any
 import grain
 import numpy as np
 
-from input_pipeline.batches import Batch, Batches
+from input_pipeline.batches import Batch, Batches, Part
+from input_pipeline.catalog import Entry
 from input_pipeline.collate import Line, bucket_length, collate, line_of, shift
+from input_pipeline.lanes import Recipe
 from input_pipeline.order import EpochOrder, permutation
-from input_pipeline.packing import Packed, plan
-from input_pipeline.reading import Data, Reading, read_data
-from input_pipeline.store import TokenStore
+from input_pipeline.packing import Packed, Wrapped, cut, plan
+from input_pipeline.reading import Data, Reading, Streams, packing_of, read_data, read_streams
+from input_pipeline.store import Counts, TokenStore
+from input_pipeline.stream import StreamBatches, lanes_for
+
+_SMALLEST_BLOCK = {None: 16, "wrapped": 16, "bfd": 256, "bfd_split": 256}  # rows; best fit needs a choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
     """Batches, and what is known beforehand about them."""
 
-    batches: Batches
+    batches: Batches | StreamBatches
     steps: int | None  # optimizer steps until the epochs are used up; None: without end
-    steps_per_epoch: int
-    data: Data  # the rows they are made of
+    steps_per_epoch: int | None  # None: of a stream, it is not known
+    data: Data | None  # the rows they are made of; None: they are not read yet
     longest: int  # the largest L that a batch has
     longest_document: int  # the most tokens that see one another in a row
-    useful: float  # share of the first epoch's places that hold a token, the rest is padding
+    useful: float | None  # share of the first epoch's places that hold a token, the rest is padding
+    notices: tuple[str, ...]  # for the log
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows read so far."""
+        return self.batches.found.counts if isinstance(self.batches, StreamBatches) else self._data().counts
+
+    def _data(self) -> Data:
+        assert self.data is not None
+        return self.data
 
 
 def train_feed(
@@ -40,23 +55,46 @@ def train_feed(
     shuffle_rows: bool = True,
     drop_last: bool = False,
     prefetch: int = 2,
+    part: Part | None = None,
+    workers: int = 0,
 ) -> Feed:
     """Batches [A, B, L] of `data.train` for all processes, A = `accumulation`, A * B = `rows_per_step`.
 
     Every epoch holds each row once, in an order drawn from (`reading.seed`, epoch), or as stored without
     `shuffle_rows`. `epochs` may be a fraction; None goes on for ever. `drop_last` leaves out an epoch's last microbatch
     if it is not full. `prefetch`: batches made ready ahead, in a thread.
+
+    With `data.train.stream` rows are read as they come, `part` says which rows of a microbatch this process is given
+    (None: all), and so many `workers` read them. How many steps their epochs have is not known: where `epochs` asks for
+    it, rows on disk are all read first, as without `stream`, and others are an error.
     """
     split = data["train"]
+    packing = packing_of(split, reading)
+    if split.get("stream") and epochs is None:
+        return _stream_feed(
+            read_streams(split, tokenizer, reading=reading, what="train"),
+            split,
+            reading=reading,
+            rows_per_step=rows_per_step,
+            accumulation=accumulation,
+            seed=reading.seed if shuffle_rows else None,
+            repeat=True,
+            prefetch=prefetch,
+            part=part if packing else None,
+            workers=workers,
+        )
+    notices = _counted_first(split, reading) if split.get("stream") else ()
     return _feed(
         read_data(split, tokenizer, reading=reading, what="train"),
-        packed=bool(split.get("pack")),
+        packing=packing,
+        isolate=split.get("isolate_documents", True),
         rows_per_step=rows_per_step,
         accumulation=accumulation,
         epochs=epochs,
         seed=reading.seed if shuffle_rows else None,
         drop_last=drop_last,
         prefetch=prefetch,
+        notices=notices,
     )
 
 
@@ -72,9 +110,21 @@ def eval_feed(
     for key in ("collator_name", "train_target"):
         split[key] = split.get(key) or data["train"].get(key)
     split["collator_kwargs"] = split.get("collator_kwargs") or data["train"].get("collator_kwargs")
+    if split.get("stream"):
+        return _stream_feed(
+            read_streams(split, tokenizer, reading=reading, what="validation"),
+            split,
+            reading=reading,
+            rows_per_step=rows_per_step,
+            accumulation=1,
+            seed=None,
+            repeat=False,
+            prefetch=prefetch,
+        )
     return _feed(
         read_data(split, tokenizer, reading=reading, what="validation"),
-        packed=bool(split.get("pack")),
+        packing=packing_of(split, reading),
+        isolate=split.get("isolate_documents", True),
         rows_per_step=rows_per_step,
         accumulation=1,
         epochs=1,
@@ -84,16 +134,95 @@ def eval_feed(
     )
 
 
+def _counted_first(split: Mapping[str, Any], reading: Reading) -> tuple[str, ...]:
+    """A remark that a stream's rows are read before the first step; ValueError where they are not on this machine."""
+    for entry in split["datasets"]:
+        if not Entry.of(entry).is_local:
+            raise ValueError(
+                f"data.train.stream: how many rows {entry['dataset_name']} has is not known before they are read, and"
+                " the learning rate's schedule needs the number of steps; set training.max_steps"
+            )
+    return (
+        "data.train.stream without training.max_steps: all rows are read and tokenised first, to count the steps; set"
+        " training.max_steps to begin at once",
+    )
+
+
+def _stream_feed(
+    streams: Streams,
+    split: Mapping[str, Any],
+    *,
+    reading: Reading,
+    rows_per_step: int,
+    accumulation: int,
+    seed: int | None,
+    repeat: bool,
+    prefetch: int,
+    part: Part | None = None,
+    workers: int = 0,
+) -> Feed:
+    length, packing = reading.max_length, packing_of(split, reading)
+    if length is None:
+        raise ValueError("data.train.stream needs model.model_max_length: the longest row of a stream is not known")
+    lanes = lanes_for(rows_per_step, shuffled=seed is not None)
+    recipe = Recipe(
+        streams=streams.streams,
+        encoder=streams.encoder,
+        proportions=streams.proportions,
+        limits=streams.limits,
+        seed=seed,
+        mix_seed=streams.mix_seed,
+        lanes=lanes,
+        block=max(_SMALLEST_BLOCK[packing], -(-streams.shuffle_buffer // lanes)),
+        length=length,
+        packing=packing,
+        isolate=split.get("isolate_documents", True),
+        repeat=repeat,
+        all_exhausted=streams.all_exhausted,
+    )
+    microbatch = rows_per_step // accumulation
+    fingerprint = {
+        "streams": streams.fingerprint(),
+        "rows_per_step": rows_per_step,
+        "lanes": lanes,
+        "block": recipe.block,
+        "pack": packing,
+        "row_length": length,
+        "seed": seed,
+    }
+    batches = StreamBatches(
+        recipe,
+        accumulation=accumulation,
+        part=part or Part(0, microbatch, microbatch),
+        fingerprint=fingerprint,
+        workers=workers,
+        prefetch=prefetch,
+        max_bad_fraction=split.get("max_bad_row_fraction"),
+    )
+    return Feed(
+        batches=batches,
+        steps=None,
+        steps_per_epoch=None,
+        data=None,
+        longest=length,
+        longest_document=length,
+        useful=None,
+        notices=streams.notices,
+    )
+
+
 def _feed(
     data: Data,
     *,
-    packed: bool,
+    packing: str | None,
+    isolate: bool,
     rows_per_step: int,
     accumulation: int,
     epochs: float | None,
     seed: int | None,
     drop_last: bool,
     prefetch: int,
+    notices: tuple[str, ...] = (),
 ) -> Feed:
     if rows_per_step % accumulation:
         raise ValueError(
@@ -101,14 +230,12 @@ def _feed(
         )
     microbatch = rows_per_step // accumulation
     lengths = data.store.lengths
-    lines: grain.MapDataset = grain.MapDataset.source(_Documents(data.store))
-    if packed:
-        lines = Packed(lines, lengths=lengths, plan=plan(lengths, data.max_length), seed=seed)
+    lines = _lines(data, packing, seed=seed, isolate=isolate)
     keep = len(lines) // microbatch * microbatch if drop_last else len(lines)
     if not keep:
         raise ValueError(f"dataloader_drop_last leaves nothing of {len(lines)} rows: a microbatch has {microbatch}")
     lines = EpochOrder(lines, seed=seed, keep=keep)
-    stack = _Stack(accumulation, microbatch, data.max_length, fixed=packed)
+    stack = _Stack(accumulation, microbatch, data.max_length, fixed=packing is not None)
     steps_of_epoch = lines.batch(rows_per_step, batch_fn=list).map(stack)
     steps = None if epochs is None else math.ceil(epochs * len(steps_of_epoch))
     every_step = steps_of_epoch.repeat(None if epochs is None else math.ceil(epochs))[:steps]
@@ -119,7 +246,7 @@ def _feed(
         "tokens": data.store.fingerprint(),
         "rows_per_step": rows_per_step,
         "rows_per_epoch": keep,
-        "pack": packed,
+        "pack": packing,
         "row_length": data.max_length,
         "seed": seed,
     }
@@ -130,9 +257,31 @@ def _feed(
         steps_per_epoch=len(steps_of_epoch),
         data=data,
         longest=longest,
-        longest_document=int(lengths.max()),
+        longest_document=_longest_document(lengths, data.max_length, packing, isolate),
         useful=useful,
+        notices=(*notices, *data.notices),
     )
+
+
+def _lines(data: Data, packing: str | None, *, seed: int | None, isolate: bool) -> grain.MapDataset:
+    """Lines of one document, or of several."""
+    lengths, length, documents = data.store.lengths, data.max_length, _Documents(data.store)
+    if packing == "wrapped":
+        return Wrapped(documents.piece, lengths=lengths, length=length, seed=seed, isolate=isolate)
+    if packing == "bfd_split":
+        pieces = _Pieces(documents, *cut(lengths, length), length)
+        lengths = pieces.lengths()
+        lines = grain.MapDataset.source(pieces)
+    else:
+        lines = grain.MapDataset.source(documents)
+    if packing is None:
+        return lines
+    return Packed(lines, lengths=lengths, plan=plan(lengths, length), seed=seed, isolate=isolate)
+
+
+def _longest_document(lengths: np.ndarray, length: int, packing: str | None, isolate: bool) -> int:
+    """The most tokens that see one another in a line."""
+    return length if packing and not isolate else min(length, int(lengths.max()))
 
 
 def _usage(lengths: np.ndarray, keep: int, stack: "_Stack", rows_per_step: int, seed: int | None) -> tuple[int, float]:
@@ -157,6 +306,31 @@ class _Documents:
 
     def __getitem__(self, index: int) -> Line:
         return line_of(shift(*self.store[index]), int(index))
+
+    def piece(self, document: int, start: int, stop: int) -> Line:
+        """Tokens `start` up to `stop` of a document."""
+        return line_of(shift(*self.store[document], start, stop), document)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Pieces of at most `length` tokens of the rows of a store, as lines."""
+
+    parts: _Documents
+    documents: np.ndarray  # of each piece
+    starts: np.ndarray
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Line:
+        document, start = int(self.documents[index]), int(self.starts[index])
+        return self.parts.piece(document, start, start + self.length)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece."""
+        return np.minimum(self.parts.store.lengths[self.documents] - self.starts, self.length)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """A split of the data section read and tokenised: which rows, which of their tokens are trained, what became of
 them."""
 
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import xxhash
 
-from input_pipeline.catalog import Dataset, Entry, Meaning, open_dataset
+from input_pipeline.catalog import Dataset, Entry, Meaning, Stream, open_dataset, open_stream
 from input_pipeline.chat import LossMask
-from input_pipeline.mixing import choose_rows, mix
-from input_pipeline.store import Counts, Encoder, Tokenizing, TokenStore, tokenize_rows
+from input_pipeline.mixing import choose_rows, mix, shares
+from input_pipeline.store import Chunk, Counts, Encoder, Row, Tokenizing, TokenStore, tokenize_rows, too_many_bad
 from input_pipeline.template import Template
 
 Turns = Literal["all", "assistant", "final"]
@@ -31,13 +34,15 @@ _COLLATOR_KWARGS = (  # of the collators whose masks are found from the template
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How rows become tokens, for every split: rows longer than `max_length` lose their end; `seed` is for the entries
-    that ask for a shuffled sample; which tokens are trained; the field of rows that are plain text; and `progress` is
-    told how many rows were tokenised since its last call.
+    """How rows become tokens, for every split: rows longer than `max_length` lose their end, unless `packing` cuts them
+    in pieces ("bfd_split", "wrapped"; "bfd" does not); `seed` is for the entries that ask for a shuffled sample; which
+    tokens are trained; the field of rows that are plain text; and `progress` is told how many rows were tokenised since
+    its last call.
     """
 
     max_length: int | None
     seed: int
+    packing: str = "bfd"
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     text_field: str = "text"
@@ -50,39 +55,43 @@ class Data:
 
     store: TokenStore
     counts: Counts
-    datasets: tuple[Dataset, ...]
+    where: Callable[[int, int], str]  # what names a row of a dataset
     max_length: int  # the longest row allowed, or the longest there is
     notices: tuple[str, ...] = ()
 
     def name_of(self, row: int) -> str:
         """Where row `row` of the store comes from."""
-        dataset, index = map(int, self.store.sources[row])
-        return self.datasets[dataset].rows.where(index)
+        return self.where(*map(int, self.store.sources[row]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """The streams of a split, and how their rows become tokens."""
+
+    streams: tuple[Stream, ...]
+    encoder: Encoder
+    proportions: tuple[float, ...] | None
+    limits: tuple[int | None, ...]  # rows of each stream that are used
+    shuffle_buffer: int  # rows that are shuffled among one another
+    all_exhausted: bool
+    mix_seed: int
+    notices: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """A hash of which shards these are and what is made of their rows."""
+        digest = xxhash.xxh3_128()
+        for stream in self.streams:
+            digest.update(repr((stream.meaning, [shard.name for shard in stream.shards])).encode())
+        digest.update(repr((self.encoder.masks, self.encoder.max_length, self.proportions, self.limits)).encode())
+        return digest.hexdigest()
 
 
 def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Data:
     """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
-    if split.get("stream"):
-        raise NotImplementedError(f"not implemented yet: data.{what}.stream")
-    skip = _one_of(split.get("on_bad_row") or "raise", ("raise", "skip"), f"data.{what}.on_bad_row") == "skip"
-    entries = [Entry.of(entry) for entry in split["datasets"]]
-    if not entries:
-        raise ValueError(f"data.{what}.datasets is empty; name at least one dataset")
+    entries = _entries(split, what)
+    skip = _skips(split, what)
     datasets = tuple(open_dataset(entry, skip_bad_rows=skip, text_field=reading.text_field) for entry in entries)
-    mask = loss_mask(
-        split,
-        completion_only_loss=reading.completion_only_loss,
-        assistant_only_loss=reading.assistant_only_loss,
-        what=what,
-    )
-    encoder = Encoder(
-        meanings=tuple(dataset.meaning for dataset in datasets),
-        masks=tuple(_mask_of(dataset.meaning, mask) for dataset in datasets),
-        template=Template(tokenizer),
-        max_length=reading.max_length,
-        skip_bad_rows=skip,
-        required=_required(split.get("collator_kwargs") or {}, what),
-    )
+    encoder = _encoder([dataset.meaning for dataset in datasets], split, tokenizer, reading=reading, what=what)
     picks = _pick(
         entries,
         datasets,
@@ -91,9 +100,9 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
         seed=reading.seed,
     )
     workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
-    store, counts, notices = tokenize_rows(
-        Tokenizing(datasets, encoder), picks, workers=workers, progress=reading.progress
-    )
+    tokenizing = Tokenizing(datasets, encoder)
+    store, counts, notices = tokenize_rows(tokenizing, picks, workers=workers, progress=reading.progress)
+    too_many_bad(counts, split.get("max_bad_row_fraction"))
     if not len(store):
         names = ", ".join(dataset.rows.name for dataset in datasets)
         raise ValueError(
@@ -103,7 +112,83 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
     remarks = (*(note for dataset in datasets for note in dataset.meaning.notices), *notices)
     longest = int(store.lengths.max())
     allowed = reading.max_length or longest
-    return Data(store=store, counts=counts, datasets=datasets, max_length=allowed, notices=remarks)
+    return Data(store=store, counts=counts, where=tokenizing.where, max_length=allowed, notices=remarks)
+
+
+def preview(
+    split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train", rows: int = 200
+) -> Data:
+    """The first `rows` rows of each stream of a split, as `read_data` would have them."""
+    opened = read_streams(split, tokenizer, reading=reading, what=what)
+    records = [
+        (d, shard, record)
+        for d, stream in enumerate(opened.streams)
+        for shard, record in itertools.islice(((s, r) for s in stream.shards for r in s.read()), rows)
+    ]
+    encoded = opened.encoder([Row(r.row, d, functools.partial(s.where, r.number)) for d, s, r in records])
+    chunk = Chunk.of(encoded, np.asarray([(d, i) for i, (d, _, _) in enumerate(records)], np.int64))
+    store = TokenStore(chunk.ids, chunk.trained, np.concatenate([[0], np.cumsum(chunk.lengths)]), chunk.sources)
+    if not len(store):
+        raise ValueError(f"{what} dataset: none of the first {len(records)} rows is usable")
+    allowed = reading.max_length or int(store.lengths.max())
+
+    def where(dataset: int, record: int) -> str:
+        return records[record][1].where(records[record][2].number)
+
+    return Data(store=store, counts=chunk.counts, where=where, max_length=allowed, notices=opened.notices)
+
+
+def read_streams(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Streams:
+    """Open the streams of a split; their first rows are read, to know their format."""
+    entries = _entries(split, what)
+    skip = _skips(split, what)
+    streams = tuple(open_stream(entry, skip_bad_rows=skip, text_field=reading.text_field) for entry in entries)
+    proportions = shares([entry.mixture_proportion for entry in entries])
+    return Streams(
+        streams=streams,
+        encoder=_encoder([stream.meaning for stream in streams], split, tokenizer, reading=reading, what=what),
+        proportions=proportions,
+        limits=tuple(entry.sample_count for entry in entries),
+        shuffle_buffer=max(entry.shuffle_buffer_size for entry in entries),
+        all_exhausted=split.get("mixture_strategy") == "all_exhausted",
+        mix_seed=reading.seed if split.get("seed") is None else split["seed"],
+        notices=tuple(note for stream in streams for note in stream.meaning.notices),
+    )
+
+
+def packing_of(split: Mapping[str, Any], reading: Reading) -> str | None:
+    """How the rows of a split are packed; None: not at all."""
+    return reading.packing if split.get("pack") else None
+
+
+def _entries(split: Mapping[str, Any], what: str) -> list[Entry]:
+    entries = [Entry.of(entry) for entry in split["datasets"]]
+    if not entries:
+        raise ValueError(f"data.{what}.datasets is empty; name at least one dataset")
+    return entries
+
+
+def _skips(split: Mapping[str, Any], what: str) -> bool:
+    return _one_of(split.get("on_bad_row") or "raise", ("raise", "skip"), f"data.{what}.on_bad_row") == "skip"
+
+
+def _encoder(
+    meanings: Sequence[Meaning], split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str
+) -> Encoder:
+    mask = loss_mask(
+        split,
+        completion_only_loss=reading.completion_only_loss,
+        assistant_only_loss=reading.assistant_only_loss,
+        what=what,
+    )
+    return Encoder(
+        meanings=tuple(meanings),
+        masks=tuple(_mask_of(meaning, mask) for meaning in meanings),
+        template=Template(tokenizer),
+        max_length=None if packing_of(split, reading) in ("bfd_split", "wrapped") else reading.max_length,
+        skip_bad_rows=_skips(split, what),
+        required=_required(split.get("collator_kwargs") or {}, what),
+    )
 
 
 def loss_mask(

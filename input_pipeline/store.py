@@ -37,6 +37,15 @@ class Counts(NamedTuple):
     trained_tokens: int = 0  # of these, the ones in the loss
 
 
+def too_many_bad(counts: Counts, fraction: float | None) -> None:
+    """ValueError where a greater share than `fraction` of the rows read was bad; None allows any."""
+    if fraction is not None and counts.bad > fraction * counts.read:
+        raise ValueError(
+            f"{counts.bad:,} of {counts.read:,} rows are bad, more than max_bad_row_fraction {fraction:g}; mend them,"
+            " or raise data.<split>.max_bad_row_fraction"
+        )
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Rows of tokens by index: `ids` int32 [T] and `trained` bool [T] of all R rows on end, `offsets` int64 [R + 1]
@@ -200,6 +209,10 @@ class Tokenizing:
         except RowError as error:
             stored = error
         return Row(stored, dataset, functools.partial(rows.where, row))
+
+    def where(self, dataset: int, row: int) -> str:
+        """What names a row of a dataset."""
+        return self.datasets[dataset].rows.where(row)
 
 
 def tokenize_rows(

@@ -13,7 +13,8 @@ from configs.load import Loaded, explain
 from input_pipeline.pipeline import Feed
 from launch import assemble
 from launch.assemble import Model
-from launch.train import learning_rate_of, rows_per_step, schedule_of, step_of, train_data, validation_data
+from launch.data import described, rows_per_step, train_data, validation_data
+from launch.train import learning_rate_of, schedule_of, step_of
 from models.sharding import parameter_shardings
 from models.weights import check_weights
 
@@ -34,7 +35,7 @@ def run(loaded: Loaded) -> None:
         validation.batches.close()
     plan = schedule_of(config, mesh, feed)
     learning_rate = learning_rate_of(config, mesh, plan.steps)
-    counts, needed = feed.data.counts, memory(config, mesh, model, feed, learning_rate)
+    needed = memory(config, mesh, model, feed, learning_rate)
     count = assemble.parameter_count(model)
     share = "" if count.trained == count.total else f", {count.trained:,} of them trained"
     found = [
@@ -42,7 +43,7 @@ def run(loaded: Loaded) -> None:
         ("devices", f"{mesh.size} × {mesh.devices.flat[0].device_kind}, {_split(mesh)}"),
         (
             "data",
-            f"{counts.used:,} of {counts.read:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} trained",
+            described(feed),
         ),
         ("steps", f"{plan.steps:,}, each with {rows_per_step(config, mesh):,} rows of up to {feed.longest:,} tokens"),
         (

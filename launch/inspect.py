@@ -2,9 +2,8 @@
 
 from configs.load import Loaded
 from input_pipeline.inspect import print_histogram, print_row
-from input_pipeline.reading import read_data
 from launch import assemble
-from launch.train import reading_of
+from launch.data import first_rows
 
 
 def run(loaded: Loaded, *, rows: int, split: str) -> None:
@@ -17,7 +16,7 @@ def run(loaded: Loaded, *, rows: int, split: str) -> None:
     if not config.data[split].datasets:
         raise ValueError(f"data.{split}.datasets is empty")
     tokenizer = assemble.open_model(config).tokenizer
-    data = read_data(config.data[split], tokenizer, reading=reading_of(config), what=split)
+    data = first_rows(config, split, tokenizer)
     console = Console()
     for row in range(min(rows, len(data.store))):
         print_row(console, data, row, tokenizer)

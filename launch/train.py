@@ -1,11 +1,10 @@
 """`einkorn train`: put a run together from its configuration, train, and leave a model that transformers loads."""
 
 import dataclasses
-import functools
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,23 @@ from rich.console import Console
 from configs import derived
 from configs.load import Loaded, dump, plain
 from input_pipeline.inspect import print_row
-from input_pipeline.pipeline import Feed, eval_feed, train_feed
-from input_pipeline.reading import Reading
+from input_pipeline.pipeline import Feed
 from launch import assemble, distributed
 from launch.assemble import Model
+from launch.data import (
+    described,
+    evaluation,
+    first_rows,
+    mean_length,
+    rows_per_step,
+    steps_of,
+    train_data,
+    validation_data,
+)
 from launch.export import Described, write_adapter, write_model
 from launch.samples import sample_answers
 from models.decoder import Params
 from models.lora import Parts, merged
-from models.sharding import replicas
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
 from trainers.environment import describe_environment
@@ -87,7 +94,7 @@ def _train(
         if training.log_model_summary:
             progress.note(assemble.summary(model, mesh))
         if training.log_examples:
-            progress.note(_examples(feed, model))
+            progress.note(_examples(config, feed, model))
         parts = Run(
             step=step,
             frozen=frozen,
@@ -99,7 +106,7 @@ def _train(
             meter=_meter(model, mesh, plan, start, feed),
             progress=progress,
             checkpoints=checkpoints,
-            evaluation=_evaluation(validation),
+            evaluation=evaluation(validation),
             measures=_measures(config, validation),
             meta={
                 "config": plain(config),
@@ -147,36 +154,6 @@ def _train(
                 adapter_of=_adapter_of(config, model),
             )
         )
-
-
-def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
-    """The training batches; logs what became of the rows."""
-    training = config.training
-    feed = train_feed(
-        config.data,
-        model.tokenizer,
-        rows_per_step=rows_per_step(config, mesh),
-        accumulation=training.gradient_accumulation_steps,
-        epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
-        reading=reading_of(config),
-        shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
-        drop_last=training.trainer_kwargs.dataloader_drop_last,
-    )
-    for notice in (*feed.data.notices, optim.notice(training.optimizer)):
-        if notice:
-            log.info(notice)
-    return feed
-
-
-def rows_per_step(config: ConfigDict, mesh: Mesh) -> int:
-    """Rows of one optimizer step over all devices: those that share a row (tensor, context) count as one."""
-    training = config.training
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * replicas(mesh)
-
-
-def steps_of(config: ConfigDict, mesh: Mesh) -> derived.Steps:
-    """Optimizer steps of the run and of the parts of its schedule, as far as they are set."""
-    return derived.steps(config, rows_per_step=rows_per_step(config, mesh))
 
 
 def schedule_of(config: ConfigDict, mesh: Mesh, feed: Feed) -> Schedule:
@@ -319,51 +296,11 @@ def _resume(
     return _Resumed(restored.state, restored.meta)
 
 
-def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None:
-    """The batches of the validation split, if there is one; logs what became of its rows."""
-    if not config.data.validation.datasets:
-        return None
-    validation = eval_feed(
-        config.data,
-        model.tokenizer,
-        rows_per_step=config.training.per_device_eval_batch_size * replicas(mesh),
-        reading=reading_of(config),
-    )
-    for notice in validation.data.notices:
-        log.info(notice)
-    return validation
-
-
-def _evaluation(validation: Feed | None) -> Callable[[], Iterator[Any]] | None:
-    """A function that begins a pass over the validation split, or None where nothing is evaluated."""
-    if validation is None:
-        return None
-    beginning = validation.batches.get_state()
-
-    def again() -> Iterator[Any]:
-        validation.batches.set_state(beginning)
-        return validation.batches
-
-    return again
-
-
 def _measures(config: ConfigDict, validation: Feed | None) -> Callable[[Any], dict[str, float]]:
     """What an evaluation says beside its losses: of pretraining, how well the text is predicted."""
     if config.training.trainer_type != "OUMI" or validation is None:
         return lambda sums: {}
-    return functools.partial(text_measures, text_bytes=getattr(validation.data.counts, "text_bytes", None))
-
-
-def reading_of(config: ConfigDict) -> Reading:
-    """How rows become tokens: the longest row, which tokens are trained."""
-    kwargs = config.training.trainer_kwargs
-    return Reading(
-        max_length=derived.max_length(config),
-        seed=config.training.data_seed,
-        completion_only_loss=kwargs.completion_only_loss,
-        assistant_only_loss=kwargs.assistant_only_loss,
-        text_field=kwargs.dataset_text_field,
-    )
+    return lambda sums: text_measures(sums, text_bytes=getattr(validation.counts, "text_bytes", None))
 
 
 def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> Throughput:
@@ -374,7 +311,7 @@ def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> 
         layers=model.config.layers,
         heads=model.config.heads,
         head_dim=model.config.head_width,
-        context=feed.data.counts.tokens / max(feed.data.counts.used, 1),
+        context=mean_length(feed.counts, default=feed.longest),
     )
     device = mesh.devices.flat[0]
     return Throughput(
@@ -388,11 +325,8 @@ def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> 
 
 def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: Schedule, start: int) -> str:
     """What the log begins with."""
-    parameters, counts = assemble.parameter_count(model), feed.data.counts
-    data = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
-    refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
-    data += "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
-    filled = [("filled", f"{100 * (feed.useful or 0):.1f} % of all places hold a token")]
+    parameters = assemble.parameter_count(model)
+    filled = [] if feed.useful is None else [("filled", f"{100 * feed.useful:.1f} % of all places hold a token")]
     return start_block(
         title=f"einkorn: {config.training.trainer_type} of {config.model.model_name}",
         device_kind=mesh.devices.flat[0].device_kind,
@@ -408,21 +342,22 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
         epochs=config.training.num_train_epochs if steps_of(config, mesh).run is None else None,
         resumed_from=f"checkpoint-{start}" if start else None,
         output_dir=config.training.output_dir,
-        more=[("data", data), *filled],
+        more=[("data", described(feed)), *filled],
     )
 
 
-def _examples(feed: Feed, model: Model) -> str:
+def _examples(config: ConfigDict, feed: Feed, model: Model) -> str:
     """The first rows of the training data, token by token, as `einkorn inspect` shows them."""
     console = Console(file=io.StringIO(), width=120)
-    for row in range(min(3, len(feed.data.store))):
-        print_row(console, feed.data, row, model.tokenizer, ids=True)
+    data = feed.data or first_rows(config, "train", model.tokenizer)
+    for row in range(min(3, len(data.store))):
+        print_row(console, data, row, model.tokenizer, ids=True)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample], folder: Path) -> Path:
     """The page that shows what the run did; reported beside the model."""
-    total, counts = assemble.parameter_count(model).total, feed.data.counts
+    total, counts = assemble.parameter_count(model).total, feed.counts
     return write_report(
         folder,
         title=derived.run_name(config) or f"{config.training.trainer_type} of {Path(config.model.model_name).name}",

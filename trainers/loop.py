@@ -17,10 +17,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from input_pipeline.batches import Part, merged
 from models.sharding import batch_sharding
 from trainers.checkpoint import Checkpoints
 from trainers.losses import Sum
 from trainers.metrics import Metrics, Window
+from trainers.processes import of_all_processes
 from trainers.progress import Progress
 from trainers.step import Batch, Step, TrainState
 from trainers.throughput import Throughput
@@ -122,14 +124,14 @@ def train(run: Run, state: TrainState) -> TrainState:
             with run.meter.waiting_for_data():
                 host = next(run.batches)
                 _tell_shape(run, host)
-                batch = device_batch(host, run.mesh)
+                batch = device_batch(host, run.mesh, part=run.batches.part)
             state, found = run.step.train(state, run.frozen, batch)
             done += 1
             _judge(run, before)
             before = _Found(done, found, run.batches.rows)
-            tokens = int(np.count_nonzero(host["segments"]))
+            tokens, rows = _amount(host, run.batches.part)
             run.tokens_seen += tokens
-            run.meter.step(tokens=tokens, rows=int(host["segments"].any(axis=-1).sum()))
+            run.meter.step(tokens=tokens, rows=rows)
             window.add({name: (value, 1.0) for name, value in found.items() if name != "halted"})
             last = done == run.schedule.steps or stop.number is not None
             if _due(run, run.schedule.log, done) or (done == 1 and run.schedule.log_first) or last:
@@ -153,14 +155,33 @@ def train(run: Run, state: TrainState) -> TrainState:
     return state
 
 
-def device_batch(host: HostBatch, mesh: Mesh) -> Batch:
-    """Put a host batch [A, B, L] of all processes on the mesh; each process hands over the part that its devices
-    hold.
+def device_batch(host: HostBatch, mesh: Mesh, *, part: Part | None = None) -> Batch:
+    """Put a host batch on the mesh: [A, B, L] of all processes, of which each hands over the part that its devices
+    hold; or only that `part` of it.
     """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in host.items()
-    }
+
+    def whole(value: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+    def piece(value: np.ndarray) -> jax.Array:
+        assert part is not None
+        A, _, L = value.shape
+
+        def held(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(part.rows)
+            return value[index[0], start - part.first : stop - part.first, index[2]]
+
+        return jax.make_array_from_callback((A, part.rows, L), sharding, held)
+
+    return {name: whole(value) if part is None else piece(value) for name, value in host.items()}
+
+
+def _amount(host: HostBatch, part: Part | None) -> tuple[int, int]:
+    """Tokens and rows of a batch; of a part, whose rows are packed full, as many as that makes of the whole."""
+    tokens, rows = np.count_nonzero(host["segments"]), host["segments"].any(axis=-1).sum()
+    share = 1.0 if part is None else part.rows / part.count
+    return round(tokens * share), round(rows * share)
 
 
 def evaluate(step: Step, params: Any, frozen: Any, mesh: Mesh, batches: Iterator[HostBatch]) -> dict[str, Sum]:
@@ -201,7 +222,11 @@ def _save(run: Run, state: TrainState, done: int) -> None:
         meta = {**run.meta, "tokens_seen": run.tokens_seen, "wandb_id": run.metrics.wandb_id}
         run.metrics.flush()
         run.checkpoints.save(
-            done, state, data_state=run.batches.get_state(), meta=meta, files={"trainer_state.json": text}
+            done,
+            state,
+            data_state=merged(of_all_processes(run.batches.get_state())),
+            meta=meta,
+            files={"trainer_state.json": text},
         )
 
 

@@ -35,6 +35,18 @@ def on_process_0(work: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
+def of_all_processes(value: Any) -> list[Any]:
+    """The JSON-able `value`s of all processes, in their order; called by all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    sent = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(sent.size))
+    padded = np.zeros(int(np.max(sizes)), np.uint8)
+    padded[: sent.size] = sent
+    received = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(np.asarray(received, np.uint8), sizes, strict=True)]
+
+
 def on_any_process(yes: bool) -> bool:
     """Whether `yes` holds on at least one process; called by all of them."""
     return yes if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(yes))))

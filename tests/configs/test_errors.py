@@ -118,8 +118,6 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         ("--peft.llm_int8_skip_modules=[a]", "not implemented yet: peft.llm_int8_skip_modules: [a]"),
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
         ("--peft.lora_init_weights=olora", "not implemented yet: peft.lora_init_weights: OLORA"),
-        ("--data.train.stream=true", "not implemented yet: data.train.stream: true"),
-        ("--data.train.datasets[0].streaming=true", "not implemented yet: data.train.stream: true"),
         ("--model.torch_dtype_str=float16", "not implemented yet: model.torch_dtype_str: float16"),
         (
             "--data.train.collator_name=vision_language_sft",

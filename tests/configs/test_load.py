@@ -164,7 +164,7 @@ def test_keys_without_effect_are_listed_once_and_only_where_changed(file):
     text = SFT.replace("some/model", "some/model\n  trust_remote_code: true\n  device_map: auto")
     loaded = load(file(text + "  dataloader_num_workers: auto\n  grpo: {temperature: 0.5}\n"))
     assert loaded.notices == (
-        "no effect here: model.trust_remote_code, training.dataloader_num_workers",
+        "no effect here: model.trust_remote_code",
         "no effect with training.trainer_type TRL_SFT: training.grpo.temperature",
     )
 

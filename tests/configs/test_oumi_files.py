@@ -192,12 +192,11 @@ def test_the_page_on_sft_loads_as_written(source):
                 "not implemented yet: data.train.collator_name: vision_language_with_padding",
             ],
         ),
-        (PRETRAINING, ["not implemented yet: data.train.stream: true"]),
         (DPO, ["not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI"]),
         (GRPO, ["not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI"]),
         (VERL, ["not implemented yet: training.trainer_type: VERL_GRPO; works now: HF, TRL_SFT, OUMI"]),
     ],
-    ids=["vision", "pretraining", "dpo", "grpo", "verl"],
+    ids=["vision", "dpo", "grpo", "verl"],
 )
 def test_the_other_pages_are_understood_and_fail_for_what_is_to_come_only(source, text, problems):
     with pytest.raises(ConfigError) as error:
@@ -211,10 +210,11 @@ def test_wsd_is_read_as_the_schedule_transformers_calls_by_its_long_name(source)
 
 
 def test_the_page_on_pretraining_sets_the_length_and_packs(source):
-    loaded = load(source(PRETRAINING.replace("streaming: true", "streaming: false")), [MODEL])
+    loaded = load(source(PRETRAINING), [MODEL])
     assert loaded.config.training.trainer_type == "OUMI"
     assert loaded.config.model.model_max_length == 2048
     assert loaded.config.data.train.pack is True
+    assert loaded.config.data.train.stream is True
 
 
 def test_a_recipe_of_the_usual_kind_loads_as_written(source):
@@ -225,6 +225,6 @@ def test_a_recipe_of_the_usual_kind_loads_as_written(source):
         "model.attn_implementation: sdpa is read as auto",
         "no effect here: model.trust_remote_code, model.enable_liger_kernel, data.train.target_col,"
         " training.gradient_checkpointing_kwargs, training.include_performance_metrics,"
-        " training.dataloader_num_workers, training.dataloader_prefetch_factor, training.ddp_find_unused_parameters,"
-        " training.empty_device_cache_steps, fsdp.auto_wrap_policy, fsdp.transformer_layer_cls, fsdp.forward_prefetch",
+        " training.dataloader_prefetch_factor, training.ddp_find_unused_parameters, training.empty_device_cache_steps,"
+        " fsdp.auto_wrap_policy, fsdp.transformer_layer_cls, fsdp.forward_prefetch",
     )

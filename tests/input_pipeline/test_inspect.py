@@ -44,7 +44,7 @@ def test_printing_colours_the_trained_tokens_and_names_the_row(data, tokenizer):
     print_row(console, data, 0, tokenizer, ids=True)
     print_histogram(console, data)
     text = console.file.getvalue()
-    assert f"row 1 of {data.datasets[0].rows.name}" in text.replace("\n", "")
+    assert data.name_of(0) in text.replace("\n", "")
     assert "\x1b[1;32myou" in text
     assert "5 of 5 rows used" in text
 

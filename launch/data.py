@@ -1,0 +1,126 @@
+"""The data of a run from its configuration: batches to train and to evaluate on, and what there is to say of them."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from configs import derived
+from input_pipeline.batches import Part
+from input_pipeline.pipeline import Feed, eval_feed, train_feed
+from input_pipeline.reading import Data, Reading, preview, read_data
+from input_pipeline.store import Counts
+from launch.assemble import Model
+from models.sharding import batch_sharding, replicas
+
+log = logging.getLogger("einkorn")
+
+
+def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
+    """The training batches; logs what became of the rows."""
+    training = config.training
+    rows = rows_per_step(config, mesh)
+    feed = train_feed(
+        config.data,
+        model.tokenizer,
+        rows_per_step=rows,
+        accumulation=training.gradient_accumulation_steps,
+        epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
+        reading=reading_of(config),
+        shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
+        drop_last=training.trainer_kwargs.dataloader_drop_last,
+        part=part_of(mesh, rows // training.gradient_accumulation_steps),
+        workers=derived.workers(config, cores=os.cpu_count() or 1),
+    )
+    for notice in feed.notices:
+        log.info(notice)
+    return feed
+
+
+def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None:
+    """The batches of the validation split, if there is one; logs what became of its rows."""
+    if not config.data.validation.datasets:
+        return None
+    validation = eval_feed(
+        config.data,
+        model.tokenizer,
+        rows_per_step=config.training.per_device_eval_batch_size * replicas(mesh),
+        reading=reading_of(config),
+    )
+    for notice in validation.notices:
+        log.info(notice)
+    return validation
+
+
+def first_rows(config: ConfigDict, split: str, tokenizer: Any) -> Data:
+    """The rows of a split to look at: all of them, or the first few hundred of a stream."""
+    read = preview if config.data[split].stream else read_data
+    return read(config.data[split], tokenizer, reading=reading_of(config), what=split)
+
+
+def reading_of(config: ConfigDict) -> Reading:
+    """How rows become tokens: the longest row, which tokens are trained."""
+    kwargs = config.training.trainer_kwargs
+    return Reading(
+        max_length=derived.max_length(config),
+        seed=config.training.data_seed,
+        packing=derived.packing(config),
+        completion_only_loss=kwargs.completion_only_loss,
+        assistant_only_loss=kwargs.assistant_only_loss,
+        text_field=kwargs.dataset_text_field,
+    )
+
+
+def rows_per_step(config: ConfigDict, mesh: Mesh) -> int:
+    """Rows of one optimizer step over all devices: those that share a row (tensor, context) count as one."""
+    training = config.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * replicas(mesh)
+
+
+def steps_of(config: ConfigDict, mesh: Mesh) -> derived.Steps:
+    """Optimizer steps of the run and of the parts of its schedule, as far as they are set."""
+    return derived.steps(config, rows_per_step=rows_per_step(config, mesh))
+
+
+def part_of(mesh: Mesh, rows: int) -> Part | None:
+    """Which of the rows of a microbatch the devices of this process hold; None where it is the only process."""
+    if jax.process_count() == 1:
+        return None
+    shape = (1, rows, mesh.shape["context"])
+    places = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
+    held = [place[1].indices(rows) for place in places if place is not None]
+    first, stop = min(start for start, _, _ in held), max(stop for _, stop, _ in held)
+    return Part(first, stop - first, rows)
+
+
+def evaluation(validation: Feed | None) -> Callable[[], Iterator[Any]] | None:
+    """A function that begins a pass over the validation split, or None where nothing is evaluated."""
+    if validation is None:
+        return None
+    beginning = validation.batches.get_state()
+
+    def again() -> Iterator[Any]:
+        validation.batches.set_state(beginning)
+        return validation.batches
+
+    return again
+
+
+def described(feed: Feed) -> str:
+    """What is known of the rows before the first step."""
+    if feed.data is None:
+        return "a stream, read as it comes"
+    counts = feed.data.counts
+    text = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
+    refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
+    return text + "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
+
+
+def mean_length(counts: Counts, *, default: int) -> float:
+    """Tokens of a row on average; `default` where none was read yet."""
+    return counts.tokens / counts.used if counts.used else math.ceil(default)
