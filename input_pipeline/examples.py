@@ -14,6 +14,7 @@ BAD_KINDS = {
     "roles": "roles out of order",
     "image": "image missing or broken",
     "template": "cannot be rendered or masked",
+    "transform": "not taken by dataset_kwargs.transform",
 }
 
 Message = Mapping[str, Any]  # role, content, and where present tool_calls, tool_call_id, name, reasoning_content

@@ -45,6 +45,8 @@ def open_json(path: str | Path) -> "JsonList":
         ) from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(
             f"{path} holds {_kind(rows)}; a .json file must hold a list of rows (or use .jsonl, one row a line)"
@@ -64,6 +66,8 @@ def parse_line(line: bytes, path: str, number: int, position: int = 0) -> Any:
         where, reason = f"{path}:{number}:{error.colno}", error.msg
     except RecursionError:
         where, reason = f"{path}:{number}", "nested too deeply"
+    except ValueError:
+        where, reason = f"{path}:{number}", "a number of thousands of digits"
     shown = text.strip()
     raise RowError(f"{where}: not valid JSON ({reason}): {shown[:_SHOWN]}{'…' if len(shown) > _SHOWN else ''}")
 

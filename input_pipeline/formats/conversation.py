@@ -87,7 +87,7 @@ def check_chat(messages: Sequence[Message], path: str) -> None:
     check_roles(messages, path)
     asked = [message for message in messages if message["role"] == "assistant"] or messages
     if not any(map(says, asked)):
-        raise RowError(f"{path}: {'the assistant' if asked is not messages else 'nobody'} says anything", "empty")
+        raise RowError(f"{path}: {'nobody' if asked is messages else 'the assistant never'} says anything", "empty")
 
 
 def check_roles(messages: Sequence[Message], path: str) -> None:

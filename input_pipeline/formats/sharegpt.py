@@ -32,7 +32,7 @@ def _message(turn: Mapping[str, Any], path: str) -> dict[str, Any]:
     if role == "function_call":
         return {"role": "assistant", "tool_calls": _calls(said, f"{path}.value")}
     rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": _ROLES.get(str(role), role), "content": said, **rest}
+    return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": said, **rest}
 
 
 def _calls(said: Any, path: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import pytest
 
 from input_pipeline import formats
 from input_pipeline.examples import Chat, Completion, RowError, Text
+from input_pipeline.fields import plain
 
 
 def parse(row, **kwargs):
@@ -147,3 +148,92 @@ def test_a_bad_row_is_answered_with_the_place_the_value_and_what_is_allowed(row,
     with pytest.raises(RowError) as raised:
         parse(row)
     assert str(raised.value) == error
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+RESULT = {"role": "tool", "content": "7"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, ASSISTANT, SYSTEM, USER, ASSISTANT],  # a system message in the middle
+        [USER, USER, ASSISTANT, ASSISTANT],
+        [ASSISTANT, USER, ASSISTANT],
+        [USER],  # trained where all tokens are
+        [USER, ASSISTANT, USER],
+        [USER, {"role": "assistant", "content": "<tool_call>f</tool_call>"}, RESULT, ASSISTANT],  # a call as text
+        [{"role": "system", "content": ""}, USER, ASSISTANT],
+        [USER, {"role": "assistant", "content": ""}, USER, ASSISTANT],
+        [USER, {"role": "assistant", "content": [], "reasoning_content": "Hm."}],
+    ],
+)
+def test_orders_of_roles_that_templates_render_are_accepted_as_trl_and_oumi_do(messages):
+    assert [m["role"] for m in parse({"messages": messages}).messages] == [m["role"] for m in messages]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "error"),
+    [
+        (
+            {"messages": [USER, RESULT, ASSISTANT]},
+            "roles",
+            "messages[1] is the result of a tool, and no assistant turn stands before it",
+        ),
+        (
+            {"messages": [USER | {"tool_calls": CALL["tool_calls"]}, ASSISTANT]},
+            "roles",
+            "messages[0].tool_calls: only the assistant calls tools, not user",
+        ),
+        (
+            {"prompt": [RESULT], "completion": [ASSISTANT]},
+            "roles",
+            "prompt and completion[0] is the result of a tool, and no assistant turn stands before it",
+        ),
+        ({"messages": [USER, {"role": "bot", "content": "x"}]}, "roles", "messages[1].role is 'bot'; allowed: system"),
+        ({"messages": []}, "empty", "messages is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty", "messages: the assistant never says any"),
+        ({"messages": [{"role": "user", "content": ""}]}, "empty", "messages: nobody says anything"),
+        ({"conversations": []}, "empty", "conversations is empty"),
+        ({"prompt": "x", "completion": ""}, "empty", "completion is empty"),
+        ({"instruction": "x", "output": ""}, "empty", "output is empty"),
+        ({"text": ""}, "empty", "text is empty"),
+        ({"text": "a\ud800b"}, "encoding", "text has half a character (\\ud800 at character 1), which is no text"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "\udfff"}]},
+            "encoding",
+            "messages[1].content has half a character (\\udfff at character 0)",
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": "[{"}, "json", "tools is a string but not JSON (Expecting"),
+        (
+            {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"messages": []}},
+            "type",
+            "chat_template_kwargs.messages is no variable of a row's own",
+        ),
+    ],
+)
+def test_bad_rows_are_counted_by_what_is_wrong_with_them(row, kind, error):
+    with pytest.raises(RowError) as raised:
+        parse(row)
+    assert str(raised.value).startswith(error)
+    assert raised.value.kind == kind
+
+
+def test_a_call_in_sharegpts_form_is_a_tool_call_of_the_assistants():
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "7"},
+        {"from": "gpt", "value": "Hello!"},
+    ]
+    row = {"conversations": turns, "system": "Be brief."}
+    assert parse(row) == Chat(messages=(SYSTEM, USER, CALL, RESULT, ASSISTANT))
+
+
+def test_rows_nested_too_deeply_to_be_rendered_are_refused():
+    schema: dict = {"type": "string"}
+    for _ in range(200):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(RowError, match="is nested more than 100 levels deep"):
+        plain({"messages": [USER, ASSISTANT], "tools": [schema]})
