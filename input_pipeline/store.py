@@ -1,28 +1,36 @@
-"""Every row of the training data tokenised once, in three flat arrays.
+"""Every row of the training data tokenised once, in a few flat arrays.
 
 That gives all lengths before the first step, and with them the number of steps; and batches then need no tokenizer. A
-large dataset is tokenised by several processes; the result is the same.
+large dataset is tokenised by several processes, and kept in the token cache (`cache.py`), from which it is read without
+being loaded; the result is the same.
 """
 
 import functools
+import itertools
+import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
+from input_pipeline.cache import Entry, Writing, key_of, load
 from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
 from input_pipeline.encode import Tokens, encode
-from input_pipeline.examples import Chat, Example, RowError
+from input_pipeline.examples import BAD_KINDS, Chat, Example, RowError
 from input_pipeline.sources import read
 from input_pipeline.template import Template
 
 _CHUNK = 512  # rows that a worker is given at a time
 _MANY_ROWS = 50_000  # from here on "auto" uses several processes: starting them takes seconds
+_KEPT_FROM = 1_000_000  # tokens from which on they are written to the cache: fewer are made in about two seconds
 
 
 class Counts(NamedTuple):
@@ -31,38 +39,64 @@ class Counts(NamedTuple):
     read: int = 0
     used: int = 0
     bad: int = 0  # skipped, with on_bad_row: skip
+    left_out: int = 0  # by dataset_kwargs.transform
     untrained: int = 0  # dropped: no trained token left within max_length
     over_long: int = 0  # cut to max_length (some of them are untrained then)
     tokens: int = 0  # of the rows used
     trained_tokens: int = 0  # of these, the ones in the loss
+    text_bytes: int = 0  # of the text that they spell, in UTF-8
+    bad_kinds: Mapping[str, int] = {}  # never changed
+    first_bad: Mapping[str, str] = {}  # of each kind, with its place
+
+    def plus(self, later: "Counts") -> "Counts":
+        """The counts of these rows and of `later` ones."""
+        both: Iterator[tuple[str, Any, Any]] = zip(self._fields, self, later, strict=True)
+        sums: dict[str, Any] = {name: a + b for name, a, b in both if isinstance(a, int)}
+        kinds = {kind: self.bad_kinds.get(kind, 0) + n for kind, n in later.bad_kinds.items()}
+        first = {**self.first_bad, **later.first_bad, **self.first_bad}
+        return Counts(**sums, bad_kinds={**self.bad_kinds, **kinds}, first_bad=first)
+
+    def refused(self) -> str:
+        """The bad rows by kind, most frequent first: "2 not JSON, 1 empty"."""
+        ordered = sorted(self.bad_kinds.items(), key=lambda item: -item[1])
+        return ", ".join(f"{number:,} {BAD_KINDS.get(kind, kind)}" for kind, number in ordered)
 
 
 def too_many_bad(counts: Counts, fraction: float | None) -> None:
-    """ValueError where a greater share than `fraction` of the rows read was bad; None allows any."""
+    """ValueError where a greater share than `fraction` of the rows read was bad; None allows any.
+
+    It names the counts by kind and the first of each.
+    """
     if fraction is not None and counts.bad > fraction * counts.read:
         raise ValueError(
-            f"{counts.bad:,} of {counts.read:,} rows are bad, more than max_bad_row_fraction {fraction:g}; mend them,"
-            " or raise data.<split>.max_bad_row_fraction"
+            f"{counts.bad:,} of {counts.read:,} rows are bad, more than max_bad_row_fraction {fraction:g}"
+            f" ({counts.refused()}); mend them, or raise data.<split>.max_bad_row_fraction. The first of each kind:"
+            f" {'; '.join(counts.first_bad.values())}"
         )
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Rows of tokens by index: `ids` int32 [T] and `trained` bool [T] of all R rows on end, `offsets` int64 [R + 1]
-    where each begins, and `sources` int64 [R, 2], which row of which dataset it came from.
+    """Rows of tokens by index: `ids` [T] and `trained` bool [T] of all R rows on end, `offsets` int64 [R + 1] where
+    each begins, and `sources` int64 [R, 2], which row of which dataset it came from.
+
+    The arrays may be memory-mapped; `ids` are int32 in memory, uint16 or uint32 on disk. `digest` is the fingerprint,
+    where it is known.
     """
 
     ids: np.ndarray = field(repr=False)
     trained: np.ndarray = field(repr=False)
     offsets: np.ndarray = field(repr=False)
     sources: np.ndarray = field(repr=False)
+    digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        row = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[row], self.trained[row]
+        """The ids int32 [n] and flags bool [n] of a row."""
+        row = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return np.asarray(self.ids[row], np.int32), np.asarray(self.trained[row])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,10 +105,27 @@ class TokenStore:
 
     def fingerprint(self) -> str:
         """A hash of all tokens, their flags and the rows' order."""
-        digest = xxhash.xxh3_128()
-        for array in (self.ids, self.trained, self.offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        if self.digest is not None:
+            return self.digest
+        digest = _Digest()
+        digest.update(self.ids, self.trained, self.lengths)
         return digest.hexdigest()
+
+
+class _Digest:
+    """The fingerprint of a store, from its rows piece by piece."""
+
+    def __init__(self) -> None:
+        self._of_each = [xxhash.xxh3_128() for _ in range(3)]
+
+    def update(self, ids: np.ndarray, trained: np.ndarray, lengths: np.ndarray) -> None:
+        """Rows on end, after those before them."""
+        for digest, array, dtype in zip(self._of_each, (ids, trained, lengths), ("<i4", "?", "<i8"), strict=True):
+            digest.update(np.ascontiguousarray(array, dtype).data)
+
+    def hexdigest(self) -> str:
+        """The fingerprint of the rows until here."""
+        return xxhash.xxh3_128(b"".join(digest.digest() for digest in self._of_each)).hexdigest()
 
 
 class Row(NamedTuple):
@@ -86,11 +137,10 @@ class Row(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What became of some rows: the tokens of each, None where it is not used; counts; the first bad one; remarks."""
+    """What became of some rows: the tokens of each, None where it is not used; counts; remarks."""
 
     rows: list[Tokens | None]
     counts: Counts
-    first_bad: str | None
     notices: frozenset[str]
 
 
@@ -106,22 +156,27 @@ class Encoder:
     required: tuple[str, ...] = ()  # strings that every rendered chat must contain
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
-        bad: list[RowError] = []
+        bad: dict[int, RowError] = {}
         notices: set[str] = set()
-        good, rendered = [], []
+        good, rendered, left_out = [], [], 0
         for place, row in enumerate(rows):
             try:
-                rendered.append(self._render(row, notices))
-                good.append(place)
+                text = self._render(row, notices)
             except RowError as error:
-                self._refuse(error, bad)
+                bad[place] = self._allowed(error)
+                continue
+            if text is None:
+                left_out += 1
+                continue
+            rendered.append(text)
+            good.append(place)
         tokens: list[Tokens | None] = [None] * len(rows)
         over_long = 0
         for place, found in zip(
             good, encode(rendered, self.template.tokenizer, max_length=self.max_length), strict=True
         ):
             if isinstance(found, RowError):
-                self._refuse(found.at(rows[place].where()), bad)
+                bad[place] = self._allowed(found.at(rows[place].where()))
                 continue
             over_long += found.over_long
             if found.trained[1:].any():  # nothing predicts the first token
@@ -131,18 +186,42 @@ class Encoder:
             read=len(rows),
             used=len(used),
             bad=len(bad),
-            untrained=len(rows) - len(bad) - len(used),
+            untrained=len(rows) - len(bad) - left_out - len(used),
             over_long=over_long,
             tokens=sum(len(row.ids) for row in used),
             trained_tokens=sum(int(row.trained[1:].sum()) for row in used),
+            text_bytes=sum(row.text_bytes for row in used),
+            left_out=left_out,
+            bad_kinds=dict(Counter(error.kind for error in bad.values())),
+            first_bad=_first_of_each(bad[place] for place in sorted(bad)),
         )
-        return Encoded(tokens, counts, str(bad[0]) if bad else None, frozenset(notices))
+        return Encoded(tokens, counts, frozenset(notices))
 
-    def _render(self, row: Row, notices: set[str]) -> Rendered:
+    def fingerprint(self) -> str:
+        """A hash of all that decides what rows become; two tokenizers that do the same have the same."""
+        tokenizer = self.template.tokenizer
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # not applied here, so a setting of it makes no difference
+        backend.no_padding()
+        return key_of(
+            backend.to_str().encode(),
+            [type(tokenizer).__module__, type(tokenizer).__qualname__, tokenizer.split_special_tokens],
+            tokenizer.special_tokens_map,
+            tokenizer.chat_template,
+            [version(package) for package in ("tokenizers", "transformers", "jinja2")],
+            [repr(meaning) for meaning in self.meanings],
+            [list(mask) for mask in map(astuple, self.masks)],
+            [self.max_length, self.skip_bad_rows, self.required],
+        )
+
+    def _render(self, row: Row, notices: set[str]) -> Rendered | None:
+        """The text of a row; None where the dataset's transform leaves it out."""
         if isinstance(row.stored, RowError):
             raise row.stored
         meaning = self.meanings[row.dataset]
         example = meaning.example(row.stored, row.where)
+        if example is None:
+            return None
         try:
             rendered = render(example, self.template, self.masks[row.dataset])
             self._check(example, rendered, (*self.required, *meaning.required), notices)
@@ -163,10 +242,18 @@ class Encoder:
                     "template",
                 )
 
-    def _refuse(self, error: RowError, bad: list[RowError]) -> None:
+    def _allowed(self, error: RowError) -> RowError:
         if not self.skip_bad_rows:
             raise error
-        bad.append(error)
+        return error
+
+
+def _first_of_each(errors: Iterable[RowError]) -> dict[str, str]:
+    """The first message of each kind."""
+    first: dict[str, str] = {}
+    for error in errors:
+        first.setdefault(error.kind, str(error))
+    return first
 
 
 class Chunk(NamedTuple):
@@ -177,7 +264,6 @@ class Chunk(NamedTuple):
     lengths: np.ndarray
     sources: np.ndarray
     counts: Counts
-    first_bad: str | None
     notices: frozenset[str]
 
     @classmethod
@@ -214,6 +300,11 @@ class Tokenizing:
         """What names a row of a dataset."""
         return self.datasets[dataset].rows.where(row)
 
+    def key(self, picks: np.ndarray) -> str:
+        """The name in the cache of what the picked rows become."""
+        data = [_rows_hash(d.rows, picks[picks[:, 0] == n, 1]) for n, d in enumerate(self.datasets)]
+        return key_of(self.encoder.fingerprint(), data, np.ascontiguousarray(picks, "<i8").tobytes())
+
 
 def tokenize_rows(
     tokenizing: Tokenizing,
@@ -221,25 +312,101 @@ def tokenize_rows(
     *,
     workers: int | str | None = None,
     progress: Callable[[int], None] | None = None,
+    cache: Path | None = None,
 ) -> tuple[TokenStore, Counts, tuple[str, ...]]:
     """Tokenise the picked rows [R, 2]; `progress` is told how many rows were read since the last call.
 
-    `workers`: so many processes; None and "auto" take one, and for a large dataset up to 8. Returns the store, what
-    became of the rows, and remarks for the log.
+    `workers`: so many processes; None and "auto" take one, and for a large dataset up to 8. `cache`: a folder where a
+    large result is kept and found again; without one all of it is in memory. Returns the store, what became of the
+    rows, and remarks for the log.
     """
+    progress = progress or (lambda rows: None)
+    key = "" if cache is None else tokenizing.key(picks)
+    kept = None if cache is None else load(cache, key)
+    if kept is not None:
+        progress(len(picks))
+        return _found(kept)
     pieces = [picks[i : i + _CHUNK] for i in range(0, len(picks), _CHUNK)]
-    chunks = []
-    for chunk in _run(tokenizing, pieces, _number_of_workers(workers, len(picks))):
-        chunks.append(chunk)
-        if progress is not None:
-            progress(chunk.counts.read)
-    empty = Chunk.of(Encoded([], Counts(), None, frozenset()), np.empty((0, 2), np.int64))
+    chunks = _told(_run(tokenizing, pieces, _number_of_workers(workers, len(picks))), progress)
+    if cache is None:
+        return _joined(list(chunks))
+    first = list(_up_to(chunks, _KEPT_FROM))
+    if sum(len(chunk.ids) for chunk in first) < _KEPT_FROM:
+        return _joined(first)
+    ids = max(tokenizing.encoder.template.tokenizer.get_vocab().values())
+    return _found(_written(itertools.chain(first, chunks), cache, key, np.uint16 if ids < 2**16 else np.uint32))
+
+
+def _rows_hash(rows: Any, picked: np.ndarray) -> str:
+    """The rows' own fingerprint, or where they have none a hash of those that are picked."""
+    own = getattr(rows, "fingerprint", None)
+    if own is not None:
+        return str(own)
+    digest = xxhash.xxh3_128()
+    for index in picked.tolist():
+        try:
+            row = read(rows, index)
+        except RowError as error:
+            row = ["unreadable", str(error)]
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _told(chunks: Iterator[Chunk], progress: Callable[[int], None]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        progress(chunk.counts.read)
+        yield chunk
+
+
+def _up_to(chunks: Iterator[Chunk], tokens: int) -> Iterator[Chunk]:
+    """The first chunks, until they hold so many tokens."""
+    held = 0
+    for chunk in chunks:
+        yield chunk
+        held += len(chunk.ids)
+        if held >= tokens:
+            return
+
+
+def _joined(chunks: list[Chunk]) -> tuple[TokenStore, Counts, tuple[str, ...]]:
+    """Chunks on end in memory."""
+    empty = Chunk.of(Encoded([], Counts(), frozenset()), np.empty((0, 2), np.int64))
     ids, trained, lengths, sources = (np.concatenate([empty[i], *(c[i] for c in chunks)]) for i in range(4))
+    counts = functools.reduce(Counts.plus, (c.counts for c in chunks), Counts())
+    notices = frozenset[str]().union(*(c.notices for c in chunks))
     store = TokenStore(ids, trained, np.concatenate([[0], np.cumsum(lengths)]), sources)
-    counts = Counts(*map(sum, zip(*(c.counts for c in [empty, *chunks]), strict=True)))
-    notices = sorted(set().union(*(c.notices for c in chunks)))
-    first_bad = next((c.first_bad for c in chunks if c.first_bad), None)
-    return store, counts, (*notices, *([f"skipped {counts.bad} bad rows; the first: {first_bad}"] if first_bad else []))
+    return store, counts, _remarks(counts, notices)
+
+
+def _written(chunks: Iterable[Chunk], folder: Path, key: str, ids_dtype: type) -> Entry:
+    """Chunks on end in the cache; in memory there is one at a time."""
+    dtypes = {"ids": ids_dtype, "trained": np.bool_, "offsets": np.int64, "sources": np.int64}
+    counts, notices, digest = Counts(), frozenset[str](), _Digest()
+    with Writing(folder, key, dtypes, columns={"sources": 2}) as writing:
+        writing.append("offsets", np.zeros(1, np.int64))
+        for chunk in chunks:
+            before = counts.tokens
+            counts, notices = counts.plus(chunk.counts), notices | chunk.notices
+            digest.update(chunk.ids, chunk.trained, chunk.lengths)
+            writing.append("ids", chunk.ids)
+            writing.append("trained", chunk.trained)
+            writing.append("offsets", before + np.cumsum(chunk.lengths))
+            writing.append("sources", chunk.sources)
+        facts = {"counts": counts._asdict(), "notices": sorted(notices), "fingerprint": digest.hexdigest()}
+        return writing.finish(facts)
+
+
+def _found(entry: Entry) -> tuple[TokenStore, Counts, tuple[str, ...]]:
+    """What the cache holds."""
+    counts = Counts(**entry.facts["counts"])
+    store = TokenStore(**entry.arrays, digest=entry.facts["fingerprint"])
+    return store, counts, _remarks(counts, entry.facts["notices"])
+
+
+def _remarks(counts: Counts, notices: Iterable[str]) -> tuple[str, ...]:
+    """What the log says, the same in every order of the rows."""
+    bad = f"skipped {counts.bad} bad rows ({counts.refused()}); the first: {next(iter(counts.first_bad.values()), '')}"
+    return (*sorted(notices), *([bad] if counts.bad else []))
 
 
 def _number_of_workers(asked: int | str | None, rows: int) -> int:

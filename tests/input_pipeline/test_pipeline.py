@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.pipeline import eval_feed, train_feed
 from input_pipeline.reading import Reading, loss_mask
+from input_pipeline.store import Counts
 
 COMPLETIONS = "text_completions_only_with_padding"
 
@@ -79,7 +80,7 @@ def test_a_batch_is_what_the_rows_say(tokenizer, tmp_path):
     assert batch["segments"][..., :5].tolist() == [[[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], [[0] * 5] * 2]
     assert batch["positions"][..., :5].tolist() == [[[0, 1, 2, 3, 0], [0, 1, 0, 0, 0]], [[0] * 5] * 2]
     assert not any(array[..., 5:].any() for array in batch.values())
-    assert made.data.counts == (2, 2, 0, 0, 0, 6, 3)
+    assert made.data.counts == Counts(read=2, used=2, tokens=6, trained_tokens=3, text_bytes=4)
     assert [made.batches.name_of(row) for row in made.batches.rows] == [f"row 1 of {path}", f"row 2 of {path}"]
 
 
@@ -232,15 +233,8 @@ def test_over_long_rows_are_cut_and_those_left_without_a_trained_token_dropped_a
     path = write(tmp_path / "rows.jsonl", [chat(1), chat(2, 40), long_question])
     split = {"collator_name": COMPLETIONS, "train_target": "ALL_ASSISTANT_TURNS"}
     made = feed(section(path, **split), tokenizer, max_length=40, epochs=1)
-    assert made.data.counts._asdict() | {"tokens": 0, "trained_tokens": 0} == {
-        "read": 3,
-        "used": 2,
-        "bad": 0,
-        "untrained": 1,
-        "over_long": 2,
-        "tokens": 0,
-        "trained_tokens": 0,
-    }
+    rows = Counts(read=3, used=2, untrained=1, over_long=2)
+    assert made.data.counts._replace(tokens=0, trained_tokens=0, text_bytes=0) == rows
     (batch,) = made.batches
     assert batch["tokens"].shape == (2, 2, 40)
     assert made.data.counts.tokens == (batch["segments"] > 0).sum()
@@ -263,7 +257,10 @@ def test_a_bad_row_is_an_error_or_skipped_and_counted(tokenizer, tmp_path):
     made = feed(section(path, on_bad_row="skip"), tokenizer)
     assert (made.data.counts.read, made.data.counts.used, made.data.counts.bad) == (3, 1, 2)
     reason = "not valid JSON (Expecting ',' delimiter): {\"messages\": 1"
-    assert made.data.notices == (f"skipped 2 bad rows; the first: {path}:2:15: {reason}",)
+    assert sum(made.data.counts.bad_kinds.values()) == 2
+    (notice,) = made.data.notices
+    assert notice.startswith("skipped 2 bad rows (")
+    assert notice.endswith(f"; the first: {path}:2:15: {reason}")
 
 
 def test_no_usable_row_is_an_error_that_counts_them(tokenizer, tmp_path):
