@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from input_pipeline import fields
 from input_pipeline.examples import Chat, Completion, Example, RowError, Text
 from input_pipeline.template import REFUSALS, Template
 from input_pipeline.turns import Span, Turns, has_generation_blocks
@@ -67,6 +68,12 @@ class _Rendering(NamedTuple):
 
 def render(example: Example, template: Template, mask: LossMask) -> Rendered:
     """The text of an example and which of it is trained; RowError where that cannot be said exactly."""
+    rendered = _render(example, template, mask)
+    fields.text(rendered.text, "the rendered row")  # a tool's definition or a template variable may be no text
+    return rendered
+
+
+def _render(example: Example, template: Template, mask: LossMask) -> Rendered:
     if isinstance(example, Chat):
         return _render_chat(example, template, mask)
     if not isinstance(example, Completion | Text):
@@ -81,16 +88,21 @@ def render(example: Example, template: Template, mask: LossMask) -> Rendered:
     return Rendered(_ended(example.text, template.tokenizer), True, None)
 
 
+def _untellable(what: str) -> RowError:
+    """The error that the template does something after which nobody can say what is the assistant's."""
+    return RowError(f"the chat template {what}. {CURE}", "template")
+
+
 def _ended(text: str, tokenizer: Any) -> str:
     """`text` with the end-of-sequence token at its end."""
     if tokenizer.eos_token is None:
-        raise RowError("the tokenizer has no end-of-sequence token, with which plain text must end")
+        raise RowError("the tokenizer has no end-of-sequence token, with which plain text must end", "template")
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
 def _render_chat(chat: Chat, template: Template, mask: LossMask) -> Rendered:
     if not template.tokenizer.chat_template:
-        raise RowError("the tokenizer has no chat template; set model.chat_template")
+        raise RowError("the tokenizer has no chat template; set model.chat_template", "template")
     if mask.completion_only and chat.prompt_messages is None:
         raise RowError(_NO_PAIR)
     messages, tools, kwargs = (
@@ -110,17 +122,18 @@ def _assistant_spans(chat: _Rendering, *, final: bool) -> tuple[Trained, ...]:
     """The trained spans of the assistant's turns, or of the last one."""
     asked = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if not asked:
-        return ()
+        raise RowError("has no assistant turn, and only those are to be trained", "roles")
     try:
         marked = chat.template.turns(chat.messages, chat.tools, **chat.kwargs)
     except REFUSALS as error:
-        raise RowError(f"the chat template cannot be followed message by message ({error}). {CURE}") from error
+        raise _untellable(f"cannot be followed message by message ({error})") from error
     if marked.text != chat.text:
-        raise RowError(f"the chat template renders another text when it is followed message by message. {CURE}")
+        raise _untellable("renders another text when it is followed message by message")
     if has_generation_blocks(chat.template.source(chat.tools)):
         if final and asked[-1] not in marked.turns:
             raise RowError(
-                f"the chat template gives messages[{asked[-1]}] no turn of its own. Train all assistant turns"
+                f"the chat template gives messages[{asked[-1]}] no turn of its own. Train all assistant turns",
+                "template",
             )
         first = marked.turns[asked[-1]].start if final else 0
         return tuple(Trained(*span) for span in marked.generated if first <= span.start < span.end)
@@ -134,9 +147,9 @@ def _check_turns(marked: Turns, chat: _Rendering) -> None:
     for i, message in enumerate(chat.messages):
         span = marked.turns.get(i)
         if span is None and message["role"] not in ("system", "developer"):
-            raise RowError(f"the chat template gives messages[{i}] ({message['role']}) no turn of its own. {CURE}")
+            raise _untellable(f"gives messages[{i}] ({message['role']}) no turn of its own")
         if span is not None and span.start < end:
-            raise RowError(f"the chat template renders messages[{i}] ({message['role']}) inside another turn. {CURE}")
+            raise _untellable(f"renders messages[{i}] ({message['role']}) inside another turn")
         end = span.end if span is not None else end
 
 
@@ -152,7 +165,7 @@ def _trained_span(i: int, turn: Span, chat: _Rendering) -> Trained:
     # The history is rendered otherwise once more messages follow, or there is none: take the generation prompt alone.
     before = chat.again(history, prompt=False)
     if not given.startswith(before):
-        raise RowError(f"the chat template renders the messages before messages[{i}] otherwise in a prompt. {CURE}")
+        raise _untellable(f"renders the messages before messages[{i}] otherwise in a prompt")
     prompt = given[len(before) :]
     # What opens the chat (a first token, a system prompt of the template's own) is rendered with its first message.
     start = text.find(prompt, turn.start, turn.end) if i == 0 else turn.start
@@ -160,7 +173,7 @@ def _trained_span(i: int, turn: Span, chat: _Rendering) -> Trained:
         return Trained(start + len(prompt), end)
     if i and _differs_in_tags_only(prompt, text[turn.start : turn.end]):
         return Trained(turn.start, end, given=text[: turn.start] + prompt)  # trained is what differs, token by token
-    raise RowError(f"the chat template opens messages[{i}] otherwise than its generation prompt. {CURE}")
+    raise _untellable(f"opens messages[{i}] otherwise than its generation prompt")
 
 
 def _differs_in_tags_only(prompt: str, turn: str) -> bool:

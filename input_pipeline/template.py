@@ -14,7 +14,8 @@ from input_pipeline.examples import Message, RowError
 from input_pipeline.turns import Turns, find_turns
 
 # What a template raises when it does not take what it is given (jinja's own, or Python's from inside an expression).
-REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError)
+REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError)
+_OF_ROLES = re.compile("role|system message", re.IGNORECASE)  # "Conversation roles must alternate …"
 
 _WORD, _TOOL = "einkornword", "einkorntool"  # looked for in renderings, to see what a template does with its input
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field
@@ -54,7 +55,8 @@ class Template:
                 **kwargs,
             )
         except REFUSALS as error:
-            raise RowError(f"the chat template does not take these messages: {error}") from error
+            kind = "roles" if _OF_ROLES.search(str(error)) else "template"
+            raise RowError(f"the chat template does not take these messages: {error}", kind) from error
 
     def turns(self, messages: Sequence[Message], tools: Any = None, **kwargs: Any) -> Turns:
         """The place of every message in that text."""
@@ -75,7 +77,8 @@ class Template:
             return prepared
         if self.tool_call_form is None:
             raise RowError(
-                "has tool_calls, which the chat template does not render; set model.chat_template to one that does"
+                "has tool_calls, which the chat template does not render; set model.chat_template to one that does",
+                "template",
             )
         return [_with_tool_calls(message, *self.tool_call_form) for message in prepared]
 

@@ -147,7 +147,7 @@ def _text_of(item: Any, path: str) -> str:
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind is None:
         raise RowError(f"{path} must be an object with type and content, not {show(item)}")
-    if str(kind).startswith(("image", "video", "audio")):
+    if isinstance(kind, str) and kind.startswith(("image", "video", "audio")):
         raise RowError(f"{path}.type is {kind!r}: not implemented yet: training on anything but text")
     text = item.get("content") if item.get("content") is not None else item.get("text")
     if kind != "text" or not isinstance(text, str):

@@ -85,8 +85,11 @@ def test_the_final_turn_is_the_last_of_the_assistant_even_if_a_user_follows(toke
     assert trained(Chat(messages=CHAT[:4]), tokenizer, "final") == ["Fine.<|im_end|>\n"]
 
 
-def test_a_chat_without_an_assistant_trains_nothing(tokenizer):
-    assert trained(Chat(messages=CHAT[:2]), tokenizer) == []
+def test_a_chat_without_an_assistant_is_a_bad_row_where_only_assistants_are_trained(tokenizer):
+    with pytest.raises(RowError, match="has no assistant turn, and only those are to be trained") as raised:
+        trained(Chat(messages=CHAT[:2]), tokenizer)
+    assert raised.value.kind == "roles"
+    assert trained(Chat(messages=CHAT[1:2]), tokenizer, "all") == ["<|im_start|>user\nHow are you?<|im_end|>\n"]
 
 
 def test_an_assistant_that_opens_the_chat_is_trained_too(tokenizer, tokenizer_maker):
@@ -247,6 +250,7 @@ def test_where_the_assistants_part_cannot_be_told_exactly_the_row_is_an_error(to
     with pytest.raises(RowError) as raised:
         trained(Chat(messages=chat), with_template(tokenizer_maker, source))
     assert str(raised.value) == error
+    assert raised.value.kind == ("roles" if "must alternate" in error else "template")
 
 
 def test_tool_calls_that_the_template_drops_are_an_error(tokenizer):
