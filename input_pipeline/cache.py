@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -76,16 +76,17 @@ class Writing:
     """
 
     def __init__(self, folder: Path, key: str, dtypes: Mapping[str, Any], *, columns: Mapping[str, int] | None = None):
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
         self._target = folder / key
         self._columns = dict(columns or {})
         self._dtypes = {name: np.dtype(dtype).newbyteorder("<") for name, dtype in dtypes.items()}
-        self._path = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
-        self._files: dict[str, BinaryIO] = {
-            name: open(self._path / f"{name}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
-            for name in dtypes
-        }
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            self._path = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
+            self._files: dict[str, BinaryIO] = {
+                name: open(self._path / f"{name}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
+                for name in dtypes
+            }
         self._digests = {name: xxhash.xxh3_128() for name in dtypes}
 
     def __enter__(self) -> "Writing":
@@ -93,17 +94,25 @@ class Writing:
 
     def __exit__(self, *error: Any) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk: that was said when it was written to
+                file.close()
         shutil.rmtree(self._path, ignore_errors=True)
 
     def append(self, name: str, piece: np.ndarray) -> None:
         """Write a piece of an array after those before it."""
-        data = np.ascontiguousarray(piece, self._dtypes[name]).data.cast("B")
-        self._files[name].write(data)
+        data = np.ascontiguousarray(piece, self._dtypes[name]).reshape(-1).data
         self._digests[name].update(data)
+        with _writable(self._target.parent):
+            self._files[name].write(data)
 
     def finish(self, facts: Mapping[str, Any]) -> Entry:
         """Make the entry visible; `facts` is JSON. Where another process was first, the entry is that one's."""
+        with _writable(self._target.parent):
+            self._settle(facts)
+            return self._publish()
+
+    def _settle(self, facts: Mapping[str, Any]) -> None:
+        """Everything to the disk, the header last."""
         arrays = {}
         for name, file in self._files.items():
             file.flush()
@@ -119,7 +128,6 @@ class Writing:
             json.dump({"header": header, "xxh3_128": _checksum(header)}, written, indent=1)
             written.flush()
             os.fsync(written.fileno())
-        return self._publish()
 
     def _publish(self) -> Entry:
         for _ in range(10):
@@ -129,7 +137,18 @@ class Writing:
             entry = load(self._target.parent, self._target.name)
             if entry is not None:
                 return entry
-        raise OSError(f"the token cache entry {self._target} cannot be written; set another training.token_cache_dir")
+        raise OSError("it cannot be read back")
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the token cache {folder} cannot be written ({error}); set training.token_cache_dir to another folder,"
+            " or to null: then all tokens are held in memory"
+        ) from error
 
 
 def _open(path: Path) -> Entry:
@@ -150,6 +169,8 @@ def _map(file: Path, array: Mapping[str, Any], thorough: bool) -> np.ndarray:
     if size != array["bytes"]:
         raise ValueError(f"{file.name} has {size:,} bytes of {array['bytes']:,}")
     dtype = np.dtype(array["dtype"])
+    if dtype.kind not in "biu":
+        raise ValueError(f"{file.name} is of type {dtype}")
     mapped: np.ndarray = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)  # nothing cannot be mapped
     if thorough and xxhash.xxh3_128(mapped.data).hexdigest() != array["xxh3_128"]:
         raise ValueError(f"{file.name} does not fit its checksum")
