@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from input_pipeline.examples import Example, RowError
-from input_pipeline.known import known
-from input_pipeline.meaning import KEYS, Meaning, Record, check_keys, meaning_of
+from input_pipeline.known import Known, known
+from input_pipeline.meaning import KEYS, Meaning, Record, check_keys, check_spelling, meaning_of
 from input_pipeline.shards import Shard, open_shards
 from input_pipeline.sources import Rows, open_rows, read
 
@@ -22,8 +22,7 @@ LATER = {
     "vision_language_jsonl": "vision-language data",
     "vision_dpo_jsonl": "vision-language data",
 }
-_PLACE = ("hf_dataset_path", "dataset_name_override")  # dataset_kwargs that name the dataset to load
-_OF_OTHERS = ("HuggingFaceDataset", "PromptResponseDataset")  # dataset_kwargs.hf_dataset_path says of which
+_NAMES_PLACE = ("hf_dataset_path", "dataset_name_override")  # dataset_kwargs that name the dataset to load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,31 +126,38 @@ def _meaning(entry: Entry, records: Iterator[Record], skip_bad_rows: bool, text_
 
 def _source(entry: Entry) -> dict[str, Any]:
     """The arguments that open the rows of an entry."""
-    name, path = entry.dataset_name, entry.dataset_path
-    if name in LATER:
-        raise NotImplementedError(f"not implemented yet: dataset_name {name!r} ({LATER[name]})")
-    listed = known(name)
-    if listed.from_file and not path:
-        raise ValueError(f"dataset_name {name!r} reads rows from a file: set dataset_path")
-    loading = {key: value for key, value in entry.dataset_kwargs.items() if key not in (*KEYS, *_PLACE)}
-    if path or listed.from_file:
-        check_keys(entry.dataset_kwargs, others=_PLACE)
-    if listed.rows:
-        check_keys(entry.dataset_kwargs, others=("dataset_size",))
-        name = f"input_pipeline.synthetic:{listed.rows}"
-    elif (
-        asked := next((entry.dataset_kwargs[key] for key in _PLACE if entry.dataset_kwargs.get(key)), None)
-    ) is not None:
-        name, path = str(asked), path or (str(asked) if os.path.exists(str(asked)) else None)
-    elif name in _OF_OTHERS and not path:
-        raise ValueError(f"dataset_name {name!r} is for any dataset: name it in dataset_kwargs.hf_dataset_path")
+    listed, kwargs = known(entry.dataset_name), entry.dataset_kwargs
+    name, path = _place(entry, listed)
+    if path or listed.rows:
+        check_keys(kwargs, others=(*_NAMES_PLACE, *(("dataset_size",) if listed.rows else ())))
+    elif ":" not in (name or ""):
+        check_spelling(kwargs)
     return {
-        "name": None if listed.from_file else name,
-        "path": os.fspath(path) if path else None,
+        "name": name,
+        "path": path,
         "subset": entry.subset,
         "split": entry.split,
-        "kwargs": loading,
+        "kwargs": {key: value for key, value in kwargs.items() if key not in (*KEYS, *_NAMES_PLACE)},
     }
+
+
+def _place(entry: Entry, listed: Known) -> tuple[str | None, str | None]:
+    """The name that rows are loaded by, and the path that they are read from instead."""
+    name, path = entry.dataset_name, os.fspath(entry.dataset_path) if entry.dataset_path else None
+    if (name or "").lower() in LATER:
+        raise NotImplementedError(f"not implemented yet: dataset_name {name!r} ({LATER[(name or '').lower()]})")
+    if listed.from_file:
+        if not path:
+            raise ValueError(f"dataset_name {name!r} reads rows from a file: set dataset_path")
+        return None, path
+    if listed.rows:
+        return f"input_pipeline.synthetic:{listed.rows}", path
+    other = next((str(entry.dataset_kwargs[key]) for key in _NAMES_PLACE if entry.dataset_kwargs.get(key)), None)
+    if other is not None:
+        return other, path or (other if os.path.exists(other) else None)
+    if listed.of_any and not path:
+        raise ValueError(f"dataset_name {name!r} is for any dataset: name it in dataset_kwargs.hf_dataset_path")
+    return name, path
 
 
 def _plain(value: Any) -> dict[str, Any]:

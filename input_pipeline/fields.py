@@ -10,21 +10,22 @@ from input_pipeline.examples import RowError, show
 
 DEEPEST = 100  # levels of a row; chat templates and JSON writers recurse, and end in Python's own limit at 1,000
 
+_AS_THEY_ARE = frozenset({str, int, float, bool, type(None)})
+
 
 def plain(value: Any, _level: int = 0) -> Any:
     """The value with lists, numbers and objects of Python where arrow, pandas or numpy handed over theirs.
 
     RowError where it is nested too deeply to be rendered.
     """
-    if isinstance(value, str | int | float | None):
-        return value.item() if isinstance(value, np.generic) else value
+    kind = type(value)
+    if kind in _AS_THEY_ARE:
+        return value
     if _level > DEEPEST:
         raise RowError(f"is nested more than {DEEPEST} levels deep")
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.item() if isinstance(value, np.generic) else value.tolist()
+    if kind is dict or isinstance(value, Mapping):
         return {key: plain(item, _level + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, _level + 1) for item in value]

@@ -26,6 +26,7 @@ class Known(NamedTuple):
     tells_split: bool = False  # that function is told which split the rows are of
     rows: str | None = None  # function that makes them
     from_file: bool = False  # dataset_path says where they are
+    of_any: bool = False  # it is no dataset, but a way to read any; dataset_kwargs.hf_dataset_path names one
 
 
 def known(name: str | None) -> Known:
@@ -55,8 +56,8 @@ KNOWN = {
     "text": Known("text", from_file=True),
     "preference_pairs_jsonl": Known("preference", from_file=True),
     # any dataset, its columns named in dataset_kwargs
-    "HuggingFaceDataset": _CHAT,
-    "PromptResponseDataset": _answers("instruction", "output"),
+    "HuggingFaceDataset": _CHAT._replace(of_any=True),
+    "PromptResponseDataset": _answers("instruction", "output")._replace(of_any=True),
     # made up
     "debug_sft": Known(rows="debug_sft"),
     "debug_dpo": Known(rows="debug_dpo"),

@@ -128,6 +128,13 @@ def check_keys(kwargs: Mapping[str, Any], *, others: tuple[str, ...] = ()) -> No
             raise ValueError(f"dataset_kwargs.{key} is unknown{hint} Known here: {', '.join(allowed)}")
 
 
+def check_spelling(kwargs: Mapping[str, Any]) -> None:
+    """ValueError for a key that is nearly one of ours; others are for whoever loads the dataset."""
+    for key in kwargs:
+        if key not in KEYS and (near := difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85)):
+            raise ValueError(f"dataset_kwargs.{key} is unknown; did you mean {near[0]!r}?")
+
+
 def _said(kwargs: Mapping[str, Any], listed: Known, trainer: str) -> str | None:
     """The format that is named, in words or by the columns it has."""
     if kwargs.get("format"):

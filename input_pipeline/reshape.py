@@ -37,7 +37,7 @@ class Reshape:
             raise RowError(f"a row must be an object, not {type(row).__name__}")
         if self.transform:
             row = self._transformed(row)
-        return None if row is None else self._renamed(row)
+        return self._renamed(row) if row is not None and self.columns else row
 
     def _transformed(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         assert self.transform is not None

@@ -4,6 +4,7 @@ A new format is one new file, one line in `FORMATS`, and its name beside the tra
 formats of the trainer that runs, in the order they stand there.
 """
 
+import functools
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
@@ -55,12 +56,13 @@ FIELDS = {
 
 def canonical(name: str) -> str:
     """The name of a format in `FORMATS`; a miss lists what exists."""
-    name = ALIASES.get(name, name)
-    if name not in FORMATS:
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"unknown row format {name!r}; known: {', '.join(FORMATS)}")
     return name
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The module of a format."""
     return importlib.import_module(FORMATS[canonical(name)])

@@ -297,6 +297,11 @@ def test_dataset_kwargs_that_do_not_go_together_are_answered(opened, name, train
     assert str(raised.value).startswith(error)
 
 
+def test_a_key_of_a_set_on_the_hub_that_is_nearly_one_of_ours_is_no_argument_of_the_loader():
+    with pytest.raises(ValueError, match=r"dataset_kwargs.respons_column is unknown; did you mean 'response_column'\?"):
+        open_dataset(Entry(dataset_name="some/set", dataset_kwargs={"respons_column": "r"}))
+
+
 def test_a_column_that_a_row_lacks_is_named_with_the_row(opened):
     dataset = opened("text_sft", {"q": "a", "r": "b"}, {"q": "a"}, prompt_column="q", response_column="r")
     assert dataset.example(0) == turns("a", "b")
