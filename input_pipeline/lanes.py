@@ -23,7 +23,7 @@ from input_pipeline.store import Counts, Encoder, Row
 
 State = dict[str, Any]  # JSON
 _MANY = 8  # from so many shards a lane on, lanes share whole shards: their shares differ by an eighth at most
-_MAX_BARREN = 1000  # blocks without a usable row before a lane gives up
+_MAX_BARREN = 1000  # blocks without a usable row, or epochs without any, before a lane gives up
 
 
 class Place(NamedTuple):
@@ -35,13 +35,15 @@ class Place(NamedTuple):
     number: int
 
 
-class Block(NamedTuple):
-    """The usable rows of a block, and what became of all."""
+class Found(NamedTuple):
+    """What became of rows that were read, and remarks for the log."""
 
-    rows: list[tuple[Tokens, Place]]
-    counts: Counts
-    first_bad: str | None
-    notices: frozenset[str]
+    counts: Counts = Counts()
+    notices: frozenset[str] = frozenset()
+
+    def plus(self, later: "Found") -> "Found":
+        """These and `later` ones."""
+        return Found(self.counts.plus(later.counts), self.notices | later.notices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class Lane:
         self._over = False
         self._units: list[Any] | None = None  # of this block: lines, or when wrapped documents
         self._used, self._offset = int(state["used"]), int(state["offset"])
-        self._found = Block([], Counts(), None, frozenset())
+        self._found = Found()
 
     def __iter__(self) -> "Lane":
         return self
@@ -109,9 +111,9 @@ class Lane:
         """Where the next line begins."""
         return {**self._start, "used": self._used, "offset": self._offset}
 
-    def found(self) -> Block:
+    def found(self) -> Found:
         """What became of the rows read since the last call."""
-        found, self._found = self._found, Block([], Counts(), None, frozenset())
+        found, self._found = self._found, Found()
         return found
 
     def _wrapped(self) -> Line:
@@ -141,14 +143,14 @@ class Lane:
                 raise ValueError(f"no usable row in {barren * self._recipe.block:,} rows on end of {names}")
             if fresh:
                 self._start = {"block": self._start["block"] + 1, "cursors": list(self._cursors)}
-                self._used = 0
-            block = self._read_block()
-            self._units = _units(block.rows, self._recipe, seed=self._start["block"] * self._recipe.lanes + self._lane)
-            self._found = _added(self._found, block)
+                self._units, self._used = [], 0
+            self._units = _units(
+                self._read_block(), self._recipe, seed=self._start["block"] * self._recipe.lanes + self._lane
+            )
         return self._units[self._used]
 
-    def _read_block(self) -> Block:
-        """Draw, shuffle and tokenise the rows of a block; StopIteration after the last."""
+    def _read_block(self) -> list[tuple[Tokens, Place]]:
+        """Draw, shuffle and tokenise the rows of a block, those that can be used; StopIteration after the last."""
         recipe, number = self._recipe, self._start["block"]
         if self._readers is None:
             self._readers = [self._reader(group) for group in range(len(self._cursors))]
@@ -166,7 +168,8 @@ class Lane:
         encoded = recipe.encoder(rows)
         usable = [(tokens, place) for tokens, place in zip(encoded.rows, places, strict=True) if tokens is not None]
         order = permutation(len(usable), recipe.seed, number * recipe.lanes + self._lane, 1)
-        return Block([usable[i] for i in order], encoded.counts, encoded.first_bad, encoded.notices)
+        self._found = self._found.plus(Found(encoded.counts, encoded.notices))
+        return [usable[i] for i in order]
 
     def _draws(self, block: int) -> Iterator[int]:
         """Which group each row of a block is drawn from."""
@@ -234,7 +237,7 @@ def _read(recipe: Recipe, shards: Sequence[tuple[int, int]], lane: int, cursor: 
             position = None
         if not recipe.repeat:
             return
-        if barren == lanes:
+        if barren > _MAX_BARREN:
             names = ", ".join(stream.name for stream in recipe.streams)
             raise ValueError(f"dataset {names} has 0 rows")
         epoch, place, taken = epoch + 1, 0, [0] * len(taken)
@@ -266,9 +269,3 @@ def _units(rows: list[tuple[Tokens, Place]], recipe: Recipe, *, seed: int) -> li
 def _piece(row: tuple[Tokens, Place], start: int, length: int) -> Line:
     tokens, place = row
     return line_of(shift(tokens.ids, tokens.trained, start, min(start + length, len(tokens.ids))), place)
-
-
-def _added(one: Block, other: Block) -> Block:
-    """The counts of both; no rows."""
-    counts = Counts(*map(sum, zip(one.counts, other.counts, strict=True)))
-    return Block([], counts, one.first_bad or other.first_bad, one.notices | other.notices)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from input_pipeline.batches import Batch, Part, State, same_data
 from input_pipeline.collate import Line, bucket_length, collate
-from input_pipeline.lanes import Block, Lane, Place, Recipe
-from input_pipeline.store import Counts, too_many_bad
+from input_pipeline.lanes import Found, Lane, Place, Recipe
+from input_pipeline.store import too_many_bad
 
 _ENOUGH = 1000  # rows, before the share of bad ones is judged
 LANES = 16  # more would let more processes share the work, and make every start tokenise more rows
@@ -29,7 +30,7 @@ class Portion(NamedTuple):
     lane: int
     lines: list[Line]
     state: dict[str, Any]
-    found: Block
+    found: Found
     error: Exception | None = None
 
 
@@ -73,7 +74,7 @@ class StreamBatches:
         self._open: list[Any] = []
         self._close = weakref.finalize(self, _close, self._open)
         self.rows: tuple[Place, ...] = ()
-        self.found = Block([], Counts(), None, frozenset())
+        self.found = Found()
         self.seen: Counter[int] = Counter()  # lines' documents by dataset
 
     def __iter__(self) -> "StreamBatches":
@@ -107,7 +108,7 @@ class StreamBatches:
         lanes = state["position"]["lanes"]
         self._states = {str(lane): lanes[str(lane)] for lane in self._mine}
         _close(self._open)
-        self.rows, self.found = (), Block([], Counts(), None, frozenset())
+        self.rows, self.found = (), Found()
 
     def close(self) -> None:
         """Stop reading."""
@@ -117,6 +118,8 @@ class StreamBatches:
         states = {lane: self._states[str(lane)] for lane in self._mine}
         dataset: grain.IterDataset = _Portions(self._recipe, states, self._each)
         if self._workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain asks for its own, which are parsed in programs of absl's only
             options = grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch * len(states) // self._workers)
             )
@@ -143,10 +146,8 @@ class StreamBatches:
     def _account(self, portions: Sequence[Portion], lines: Sequence[Line]) -> None:
         self.rows = tuple(place for line in lines for place in line.rows)
         self.seen.update(place.dataset for place in self.rows)
-        for found in (portion.found for portion in portions):
-            counts = Counts(*map(sum, zip(self.found.counts, found.counts, strict=True)))
-            first_bad = self.found.first_bad or found.first_bad
-            self.found = Block([], counts, first_bad, self.found.notices | found.notices)
+        for portion in portions:
+            self.found = self.found.plus(portion.found)
         if self.found.counts.read >= _ENOUGH:
             too_many_bad(self.found.counts, self._max_bad_fraction)
 
