@@ -1,7 +1,7 @@
 """Values of a row, checked one by one, and numpy's values turned into Python's."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,3 +53,16 @@ def from_json(value: str, path: str) -> Any:
         raise RowError(f"{path} is a string of JSON nested too deeply: {show(value)}") from None
     except ValueError as error:  # not JSON, or a number of thousands of digits
         raise RowError(f"{path} is a string but not JSON ({error}): {show(value)}", "json") from None
+
+
+def without_nulls(value: Any, *, keep: Collection[str] = ()) -> Any:
+    """The value without the fields of objects that are null, but for those that are called as in `keep`.
+
+    Arrow stores objects of one column with the fields of all of them: what an object lacks is null there.
+    """
+    if isinstance(value, Mapping):
+        kept = {name: item for name, item in value.items() if item is not None or name in keep}
+        return {name: without_nulls(item, keep=keep) for name, item in kept.items()}
+    if isinstance(value, list | tuple):
+        return [without_nulls(item, keep=keep) for item in value]
+    return value

@@ -13,6 +13,7 @@ from input_pipeline.examples import Chat, Message, RowError, Side, show
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KEPT = ("tool_call_id", "name", *_REASONING)  # fields that chat templates read
+_MAY_BE_NULL = ("default", "const")  # in a tool's JSON schema; nothing else in one can be null
 _NOT_VARIABLES = ("messages", "tools", "prompt", "conversation", "chat_template", "add_generation_prompt", "tokenize")
 
 
@@ -107,17 +108,19 @@ def parse_messages(messages: Any, path: str) -> tuple[Message, ...]:
         raise RowError(f"{path} must be a list of messages, not {show(messages)}")
     if not messages:
         raise RowError(f"{path} is empty", "empty")
-    return tuple(parse_message(message, f"{path}[{i}]") for i, message in enumerate(messages))
+    filled = any(isinstance(message, Mapping) and message.get("tool_calls", ()) is None for message in messages)
+    return tuple(parse_message(message, f"{path}[{i}]", filled=filled) for i, message in enumerate(messages))
 
 
-def parse_message(message: Any, path: str) -> Message:
+def parse_message(message: Any, path: str, *, filled: bool = False) -> Message:
+    """One message; with `filled`, what is null in the arguments of calls is arrow's way to say that it is not there."""
     if not isinstance(message, Mapping):
         raise RowError(f"{path} must be an object with role and content, not {show(message)}")
     role = message.get("role")
     if role not in ROLES:
         raise RowError(f"{path}.role is {show(role)}; allowed: {', '.join(ROLES)}", "roles")
     parsed = {"role": role}
-    calls = parse_tool_calls(message.get("tool_calls"), f"{path}.tool_calls")
+    calls = parse_tool_calls(message.get("tool_calls"), f"{path}.tool_calls", filled=filled)
     content = message.get("content")
     if content is not None:
         parsed["content"] = parse_content(content, f"{path}.content")
@@ -163,19 +166,19 @@ def parse_tools(tools: Any, path: str) -> tuple[Mapping[str, Any], ...] | None:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"{path} must be a list of tool definitions, not {show(tools)}")
-    return tuple(tools)
+    return tuple(fields.without_nulls(tools, keep=_MAY_BE_NULL))
 
 
-def parse_tool_calls(calls: Any, path: str) -> list[dict[str, Any]]:
+def parse_tool_calls(calls: Any, path: str, *, filled: bool = False) -> list[dict[str, Any]]:
     """Tool calls with `function.arguments` as an object where it can be read as one (JSON strings are)."""
     if not calls:
         return []
     if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
         raise RowError(f"{path} must be a list, not {show(calls)}")
-    return [_parse_tool_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
+    return [_parse_tool_call(call, f"{path}[{i}]", filled) for i, call in enumerate(calls)]
 
 
-def _parse_tool_call(call: Any, path: str) -> dict[str, Any]:
+def _parse_tool_call(call: Any, path: str, filled: bool) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(
@@ -184,6 +187,8 @@ def _parse_tool_call(call: Any, path: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = fields.from_json(arguments or "{}", f"{path}.function.arguments")
+    elif filled:
+        arguments = fields.without_nulls(arguments)
     parsed = {
         "type": "function",
         "function": {"name": fields.text(function["name"], f"{path}.function.name"), "arguments": arguments or {}},

@@ -97,3 +97,24 @@ def test_rows_of_parquet_and_of_pandas_give_the_same_tokens(qwen3, tmp_path):
     frame = stored.to_pandas().iloc[0].to_dict()
     assert isinstance(frame["messages"], np.ndarray)
     assert tokens_of(frame, qwen3, "assistant").ids.tolist() == expected
+
+
+def test_what_arrow_fills_in_is_not_rendered_and_a_null_of_the_users_is(qwen3, tmp_path):
+    import datasets
+
+    number = {"type": "object", "properties": {"x": {"type": "number", "default": None}}}
+    other = {"type": "function", "function": {"name": "add", "parameters": number}}
+    asking = {"role": "assistant", "content": "", "tool_calls": [call({"city": "Oslo"})]}
+    rows = [
+        {"messages": [QUESTION, asking, RESULT, ANSWER], "tools": [TOOL]},
+        {"messages": [QUESTION, {**asking, "tool_calls": [call({"x": 1})]}, RESULT, ANSWER], "tools": [other]},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    stored = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo", "x": None}
+    for row, kept in zip(rows, stored, strict=True):
+        expected = qwen3.apply_chat_template(row["messages"], tools=row["tools"], return_dict=False)
+        assert tokens_of(kept, qwen3).ids.tolist() == expected
+    null = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call({"city": None})]}, RESULT, ANSWER]
+    expected = qwen3.apply_chat_template(null, tools=[TOOL], return_dict=False)
+    assert tokens_of({"messages": null, "tools": [TOOL]}, qwen3).ids.tolist() == expected
