@@ -230,6 +230,7 @@ TRAINING: Table = {
         words=("auto",),
         low=0,
     ),
+    "token_cache_dir": Key("~/.cache/einkorn/tokens", str, "ours: keeps tokenised rows; null: none", null=True),
     "compile_cache_dir": Key("~/.cache/einkorn/compiled", str, "ours: keeps compiled programs; null: none", null=True),
     # Evaluation, checkpoints, resuming.
     "eval_strategy": Key("no", WHEN, "when the validation split is evaluated"),

@@ -5,6 +5,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +37,8 @@ _COLLATOR_KWARGS = (  # of the collators whose masks are found from the template
 class Reading:
     """How rows become tokens, for every split: rows longer than `max_length` lose their end, unless `packing` cuts them
     in pieces ("bfd_split", "wrapped"; "bfd" does not); `seed` is for the entries that ask for a shuffled sample; which
-    tokens are trained; the field of rows that are plain text; and `progress` is told how many rows were tokenised since
-    its last call.
+    tokens are trained; the field of rows that are plain text; `cache` is a folder that keeps tokenised rows; and
+    `progress` is told how many rows were tokenised since its last call.
     """
 
     max_length: int | None
@@ -46,6 +47,7 @@ class Reading:
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     text_field: str = "text"
+    cache: Path | None = None
     progress: Callable[[int], None] | None = None
 
 
@@ -81,8 +83,8 @@ class Streams:
         """A hash of which shards these are and what is made of their rows."""
         digest = xxhash.xxh3_128()
         for stream in self.streams:
-            digest.update(repr((stream.meaning, [shard.name for shard in stream.shards])).encode())
-        digest.update(repr((self.encoder.masks, self.encoder.max_length, self.proportions, self.limits)).encode())
+            digest.update(repr([shard.name for shard in stream.shards]).encode())
+        digest.update(repr((self.encoder.fingerprint(), self.proportions, self.limits)).encode())
         return digest.hexdigest()
 
 
@@ -101,7 +103,9 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
     )
     workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
     tokenizing = Tokenizing(datasets, encoder)
-    store, counts, notices = tokenize_rows(tokenizing, picks, workers=workers, progress=reading.progress)
+    store, counts, notices = tokenize_rows(
+        tokenizing, picks, workers=workers, progress=reading.progress, cache=reading.cache
+    )
     too_many_bad(counts, split.get("max_bad_row_fraction"))
     if not len(store):
         names = ", ".join(dataset.rows.name for dataset in datasets)

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def first_rows(config: ConfigDict, split: str, tokenizer: Any) -> Data:
 
 def reading_of(config: ConfigDict) -> Reading:
     """How rows become tokens: the longest row, which tokens are trained."""
-    kwargs = config.training.trainer_kwargs
+    kwargs, cache = config.training.trainer_kwargs, config.training.token_cache_dir
     return Reading(
         max_length=derived.max_length(config),
         seed=config.training.data_seed,
@@ -73,6 +74,7 @@ def reading_of(config: ConfigDict) -> Reading:
         completion_only_loss=kwargs.completion_only_loss,
         assistant_only_loss=kwargs.assistant_only_loss,
         text_field=kwargs.dataset_text_field,
+        cache=Path(cache).expanduser() if cache else None,
     )
 
 
