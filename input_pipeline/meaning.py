@@ -5,7 +5,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from input_pipeline import formats
@@ -44,6 +44,7 @@ _NO_EFFECT = {
     "append_concat_token": "every document ends with the end-of-sequence token",
     "add_special_tokens": "every document has the special tokens that the tokenizer adds",
 }
+_LEAVES_OUT_ANSWERS = "exclude_final_assistant_message"
 KEYS = (
     "format",
     "transform",
@@ -53,6 +54,7 @@ KEYS = (
     "response_template",
     "instruction_template",
     "include_system_prompt",
+    _LEAVES_OUT_ANSWERS,
     *_NO_EFFECT,
 )
 
@@ -93,6 +95,8 @@ def meaning_of(
     `skip_bad_rows`). `text_field` is the column of plain text; `trainer` says which formats can be trained. ValueError
     where keys do not go together, or where the trainer does not train such rows.
     """
+    if kwargs.get(_LEAVES_OUT_ANSWERS):
+        raise NotImplementedError(f"not implemented yet: dataset_kwargs.{_LEAVES_OUT_ANSWERS}; it is for inference")
     listed = known(name)
     shape = _transform(kwargs, listed, split)
     text_field = _text_field(kwargs, listed, text_field)
@@ -107,11 +111,11 @@ def meaning_of(
         options["field"] = text_field
     if kind == "alpaca" and "include_system_prompt" in kwargs:
         options["system_prompt"] = bool(kwargs["include_system_prompt"])
-    columns = {} if kind == "text" else _columns(kwargs, kind, same.columns)
+    columns = _columns(kwargs, kind, {} if kind == "text" else same.columns)
     return Meaning(
         format=kind,
         format_kwargs=options,
-        reshape=Reshape(transform=shape.transform, arguments=shape.arguments, columns=columns, code=shape.code),
+        reshape=replace(shape, columns=columns),
         assistant_only=bool(kwargs.get("assistant_only", False)),
         required=tuple(t for key in ("response_template", "instruction_template") if (t := kwargs.get(key))),
         notices=tuple(_without_effect(key) for key in kwargs if key in _NO_EFFECT),
@@ -156,9 +160,9 @@ def _columns(kwargs: Mapping[str, Any], kind: str, listed: Mapping[str, str | No
                 here = ", ".join(key for key, fields in _COLUMNS.items() if kind in fields) or "none"
                 raise ValueError(f"dataset_kwargs.{key} says nothing about rows of format {kind}; there: {here}")
             given[_COLUMNS[key][kind]] = str(kwargs[key])
-    if kind == "alpaca" and given:
-        given = {"input": None, **given}  # a column that happens to be called so is no part of the question
-    return {**listed, **given}
+    # With a question's and an answer's column named, one that happens to be called "input" is no part of the question.
+    unused: dict[str, str | None] = {"input": None} if kind == "alpaca" and given else {}
+    return {**unused, **listed, **given}
 
 
 def _text_field(kwargs: Mapping[str, Any], listed: Known, text_field: str) -> str:
