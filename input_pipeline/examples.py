@@ -107,7 +107,7 @@ Example = Chat | Completion | Text | Preference | Feedback | Prompt
 def show(value: Any, limit: int = 80) -> str:
     """A value as it stands in an error message: its repr, cut after `limit` characters."""
     try:
-        text = repr(value)
+        text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
     except (ValueError, RecursionError):  # a number of more digits than Python writes out; nested too deeply
         text = f"<{type(value).__name__}>"
     return text if len(text) <= limit else f"{text[:limit]}…"

@@ -1,4 +1,4 @@
-"""input_pipeline/formats/README.md says what the code does: every format, every key, every name that is no hub set's."""
+"""input_pipeline/formats/README.md says what the code does: every format, every key, every name of ours."""
 
 import re
 
