@@ -254,6 +254,13 @@ def test_a_text_column_that_the_trainer_names_is_read_before_the_known_one(opene
     assert opened("bigcode/the-stack", row, text_col="text").example(0) == Text(text="b")
 
 
+def test_a_corpus_whose_text_stands_in_another_column_is_told_how_to_name_it(opened):
+    with pytest.raises(
+        RowError, match=r"has no field 'text'; its fields are \['body'\]. Name the text's in dataset_kw"
+    ):
+        opened("text", {"body": "a"}, trainer="OUMI").example(0)
+
+
 @pytest.mark.parametrize(
     ("name", "trainer", "kwargs", "error"),
     [
