@@ -13,9 +13,8 @@ def matches(row: Mapping[str, Any]) -> bool:
 
 def parse(row: Mapping[str, Any], *, field: str = "text") -> Text:
     if field not in row:
-        raise RowError(
-            f"has no field {field!r}; its fields are {sorted(map(str, row))}. Name the text's in dataset_kwargs.text_col"
-        )
+        known = sorted(map(str, row))
+        raise RowError(f"has no field {field!r}; its fields are {known}. Name the text's in dataset_kwargs.text_col")
     text = fields.text(row[field], field)
     if not text:
         raise RowError(f"{field} is empty", "empty")
