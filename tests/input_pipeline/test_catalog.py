@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from input_pipeline import formats, known, synthetic
-from input_pipeline.catalog import Entry, open_dataset
+from input_pipeline.catalog import Entry, open_dataset, open_stream
 from input_pipeline.examples import BAD_KINDS, Chat, Completion, Feedback, Preference, Prompt, RowError, Text
 from input_pipeline.store import Encoder, Row
 
@@ -405,3 +405,20 @@ def test_what_the_table_of_known_sets_names_is_there(name):
     assert listed.transform is None or callable(getattr(known, listed.transform))
     assert listed.rows is None or callable(getattr(synthetic, listed.rows))
     assert known.known(name.upper()) == listed
+
+
+def test_a_stream_has_the_meaning_of_the_rows_by_index(opened, transform, tmp_path):
+    rows = [{"score": score, "q": "a", "a": "b"} for score in (1, 5, 2)]
+    dataset = opened("text_sft", *rows, transform=transform)
+    kwargs = {"transform": transform}
+    for entry in (
+        Entry(dataset_name="text_sft", dataset_path=str(tmp_path / "rows.jsonl"), dataset_kwargs=kwargs),
+        Entry(
+            dataset_name="HuggingFaceDataset", dataset_kwargs={"hf_dataset_path": str(tmp_path / "rows.jsonl")} | kwargs
+        ),
+    ):
+        stream = open_stream(entry)
+        found = [stream.meaning.example(r.row, lambda: "row") for shard in stream.shards for r in shard.read()]
+        assert found == [None, turns("a", "b"), None] == [dataset.example(i) for i in range(3)]
+    made_up = open_stream(Entry(dataset_name="debug_sft", dataset_kwargs={"dataset_size": 2}))
+    assert sum(1 for shard in made_up.shards for _ in shard.read()) == 2
