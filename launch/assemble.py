@@ -74,11 +74,14 @@ def open_model(config: ConfigDict) -> Model:
         revision=model.model_revision if model.tokenizer_name is None and not Path(named.base).is_dir() else None,
         **dict(model.tokenizer_kwargs),
     )
+    if not model.load_pretrained_weights:
+        hf_config |= _special_ids(tokenizer)
     decoder = decoder_config(hf_config)
     if len(tokenizer) > decoder.vocabulary:
+        cure = "" if model.load_pretrained_weights else f", or set model.model_kwargs.vocab_size: {len(tokenizer)}"
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {decoder.vocabulary} (vocab_size): they do not "
-            f"belong together; change model.tokenizer_name"
+            f"belong together; change model.tokenizer_name{cure}"
         )
     generation = folder / "generation_config.json"
     dtype = _dtype(model.torch_dtype_str, hf_config, folder, read=model.load_pretrained_weights)
@@ -190,6 +193,18 @@ def _changes(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     if changes.pop("disable_dropout", False):
         changes |= {k: 0.0 for k, v in _read(folder / "config.json").items() if "drop" in k and isinstance(v, float)}
     return changes
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """The ids that begin and end a text, for the config.json of a model whose weights know none yet. A token that pads
+    and ends is named as the end only: the embedding of what pads is never trained.
+    """
+    pad = tokenizer.pad_token_id
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None if pad == tokenizer.eos_token_id else pad,
+    }
 
 
 def _dtype(asked: str, hf_config: dict[str, Any], folder: Path, *, read: bool) -> Any:

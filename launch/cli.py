@@ -24,6 +24,9 @@ app = typer.Typer(
     help="Train language models on JAX from one configuration file.",
 )
 
+tokenizers = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
+app.add_typer(tokenizers, name="tokenizer")
+
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 CONFIG_HELP = "YAML file, or Python file with get_config(arg), as file.py or file.py:arg."
 Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG_HELP)]
@@ -149,6 +152,27 @@ def parity(
 
     if not run(model, against=against, length=length, text=text, json_file=json_file):
         raise typer.Exit(1)
+
+
+@tokenizers.command("train")
+def train_tokenizer(
+    files: Annotated[list[str], typer.Argument(help="Files or folders of text: txt, jsonl, parquet, …")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder that the tokenizer is written to.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens in all; the model's vocab_size must hold them.")] = 32_000,
+    special: Annotated[
+        list[str] | None,
+        typer.Option(help="A special token, once for each; the first begins, ends and pads a text."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Add the tokens of ChatML and its template.")] = False,
+    min_frequency: Annotated[int, typer.Option(help="How often a pair must occur to become a token.", min=1)] = 2,
+    limit: Annotated[int | None, typer.Option(help="Bytes of text to learn from; default: all.", min=1)] = None,
+    text_field: Annotated[str, typer.Option(help="Column of plain text rows.")] = "text",
+) -> None:
+    """Learn a byte-level BPE from text, as a folder that AutoTokenizer and model.tokenizer_name take."""
+    from launch.tokenizer import Options, train
+
+    names = tuple(special or ("<|endoftext|>",))
+    train(files, output, Options(vocab_size, names, min_frequency, limit, chat, text_field))
 
 
 def main() -> None:
