@@ -300,7 +300,7 @@ def _measures(config: ConfigDict, validation: Feed | None) -> Callable[[Any], di
     """What an evaluation says beside its losses: of pretraining, how well the text is predicted."""
     if config.training.trainer_type != "OUMI" or validation is None:
         return lambda sums: {}
-    return lambda sums: text_measures(sums, text_bytes=getattr(validation.counts, "text_bytes", None))
+    return lambda sums: text_measures(sums, text_bytes=validation.counts.text_bytes)
 
 
 def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> Throughput:
