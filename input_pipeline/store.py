@@ -23,10 +23,11 @@ import xxhash
 from input_pipeline.cache import Entry, Writing, key_of, load
 from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
-from input_pipeline.encode import Tokens, encode
+from input_pipeline.encode import Tokens, encode, words_of
 from input_pipeline.examples import BAD_KINDS, Chat, Example, RowError
 from input_pipeline.sources import read
 from input_pipeline.template import Template
+from input_pipeline.words import Words
 
 _CHUNK = 512  # rows that a worker is given at a time
 _MANY_ROWS = 50_000  # from here on "auto" uses several processes: starting them takes seconds
@@ -172,9 +173,8 @@ class Encoder:
             good.append(place)
         tokens: list[Tokens | None] = [None] * len(rows)
         over_long = 0
-        for place, found in zip(
-            good, encode(rendered, self.template.tokenizer, max_length=self.max_length), strict=True
-        ):
+        encoded = encode(rendered, self.template.tokenizer, max_length=self.max_length, words=self._words)
+        for place, found in zip(good, encoded, strict=True):
             if isinstance(found, RowError):
                 bad[place] = self._allowed(found.at(rows[place].where()))
                 continue
@@ -213,6 +213,10 @@ class Encoder:
             [list(mask) for mask in map(astuple, self.masks)],
             [self.max_length, self.skip_bad_rows, self.required],
         )
+
+    @functools.cached_property
+    def _words(self) -> Words | None:
+        return words_of(self.template.tokenizer)
 
     def _render(self, row: Row, notices: set[str]) -> Rendered | None:
         """The text of a row; None where the dataset's transform leaves it out."""
