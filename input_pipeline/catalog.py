@@ -13,7 +13,8 @@ from typing import Any
 from input_pipeline.examples import Example, RowError
 from input_pipeline.known import Known, known
 from input_pipeline.meaning import KEYS, Meaning, Record, check_keys, check_spelling, meaning_of
-from input_pipeline.shards import Shard, open_shards
+from input_pipeline.records import Shard
+from input_pipeline.shards import open_shards
 from input_pipeline.sources import Rows, open_rows, read
 
 LATER = {

@@ -6,6 +6,7 @@ size. Accepted are a byte-order mark, Windows line ends, blank lines and a last 
 
 import codecs
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.examples import RowError
+from input_pipeline.files import File, opened
 
 _SHOWN = 80  # characters of a bad line that an error shows
 
 
 def open_jsonl(path: str | Path) -> "JsonLines":
     """Find the lines of a JSON Lines file; nothing is parsed yet."""
-    starts, ends, numbers, position = [], [], [], 0
+    starts, ends, numbers, position = array("q"), array("q"), array("q"), 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             begin = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
@@ -29,13 +31,17 @@ def open_jsonl(path: str | Path) -> "JsonLines":
                 ends.append(position + len(line))
                 numbers.append(number)
             position += len(line)
-    as_array = (np.asarray(column, np.int64) for column in (starts, ends, numbers))
+    as_array = (
+        np.frombuffer(column, np.int64) if column else np.empty(0, np.int64) for column in (starts, ends, numbers)
+    )
     return JsonLines(str(path), *as_array)
 
 
-def open_json(path: str | Path) -> "JsonList":
+def open_json(file: File) -> "JsonList":
     """Read a JSON file that holds a list of rows."""
-    data = Path(path).read_bytes()
+    path = file.path
+    with opened(file) as stream:
+        data = stream.read()
     text = _decode(data.removeprefix(codecs.BOM_UTF8), str(path), len(data) - len(data.removeprefix(codecs.BOM_UTF8)))
     try:
         rows = json.loads(text)
@@ -69,7 +75,7 @@ def parse_line(line: bytes, path: str, number: int, position: int = 0) -> Any:
     except ValueError:
         where, reason = f"{path}:{number}", "a number of thousands of digits"
     shown = text.strip()
-    raise RowError(f"{where}: not valid JSON ({reason}): {shown[:_SHOWN]}{'…' if len(shown) > _SHOWN else ''}")
+    raise RowError(f"{where}: not valid JSON ({reason}): {shown[:_SHOWN]}{'…' if len(shown) > _SHOWN else ''}", "json")
 
 
 def _decode(data: bytes, where: str, position: int) -> str:
@@ -77,7 +83,7 @@ def _decode(data: bytes, where: str, position: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         place = f"byte {position + error.start} of the file (0x{data[error.start]:02x})"
-        raise RowError(f"{where}: {place} is not UTF-8; save the file as UTF-8") from None
+        raise RowError(f"{where}: {place} is not UTF-8; save the file as UTF-8", "encoding") from None
 
 
 def _kind(value: Any) -> str:

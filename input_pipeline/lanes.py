@@ -18,7 +18,7 @@ from input_pipeline.collate import Line, line_of, shift
 from input_pipeline.encode import Tokens
 from input_pipeline.order import permutation
 from input_pipeline.packing import cut, join, plan
-from input_pipeline.shards import Record, Shard
+from input_pipeline.records import Record, Shard
 from input_pipeline.store import Counts, Encoder, Row
 
 State = dict[str, Any]  # JSON

@@ -35,14 +35,17 @@ _COLLATOR_KWARGS = (  # of the collators whose masks are found from the template
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How rows become tokens, for every split: rows longer than `max_length` lose their end, unless `packing` cuts them
-    in pieces ("bfd_split", "wrapped"; "bfd" does not); `seed` is for the entries that ask for a shuffled sample; which
-    tokens are trained; the field of rows that are plain text; `cache` is a folder that keeps tokenised rows; and
-    `progress` is told how many rows were tokenised since its last call.
+    """How rows become tokens, for every split.
+
+    Rows longer than `max_length` lose their end, unless `packing` cuts them in pieces ("bfd_split", "wrapped"; "bfd"
+    does not); `seed` is for the entries that ask for a shuffled sample; `trainer`, the `training.trainer_type`, says
+    which formats rows are of; then which tokens are trained; the field of rows that are plain text; `cache`, a folder
+    that keeps tokenised rows; and `progress`, told how many rows were tokenised since its last call.
     """
 
     max_length: int | None
     seed: int
+    trainer: str = "TRL_SFT"
     packing: str = "bfd"
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
@@ -92,7 +95,10 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
     """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
     entries = _entries(split, what)
     skip = _skips(split, what)
-    datasets = tuple(open_dataset(entry, skip_bad_rows=skip, text_field=reading.text_field) for entry in entries)
+    datasets = tuple(
+        open_dataset(entry, skip_bad_rows=skip, text_field=reading.text_field, trainer=reading.trainer)
+        for entry in entries
+    )
     encoder = _encoder([dataset.meaning for dataset in datasets], split, tokenizer, reading=reading, what=what)
     picks = _pick(
         entries,
@@ -146,7 +152,10 @@ def read_streams(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, 
     """Open the streams of a split; their first rows are read, to know their format."""
     entries = _entries(split, what)
     skip = _skips(split, what)
-    streams = tuple(open_stream(entry, skip_bad_rows=skip, text_field=reading.text_field) for entry in entries)
+    streams = tuple(
+        open_stream(entry, skip_bad_rows=skip, text_field=reading.text_field, trainer=reading.trainer)
+        for entry in entries
+    )
     proportions = shares([entry.mixture_proportion for entry in entries])
     return Streams(
         streams=streams,

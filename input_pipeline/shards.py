@@ -1,27 +1,14 @@
-"""Shards: rows that are read from their beginning to their end."""
+"""A dataset entry as shards, for rows that are read one after the other."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+import os
+from collections.abc import Mapping
+from typing import Any
 
-Position = dict[str, Any]
-
-
-class Record(NamedTuple):
-    """A row."""
-
-    row: Any
-    number: int
-    next: Position
-
-
-class Shard(Protocol):
-    """Rows in order."""
-
-    name: str
-
-    def read(self, position: Position | None = None) -> Iterator[Record]: ...
-    def where(self, number: int) -> str: ...
-    def part(self, index: int, count: int) -> "Shard": ...
+from input_pipeline.files import files_of, is_saved_dataset
+from input_pipeline.functions import named_function
+from input_pipeline.records import Shard
+from input_pipeline.sources import load, open_rows, shard_of
+from input_pipeline.tables import Called, Held, Streamed
 
 
 def open_shards(
@@ -32,5 +19,39 @@ def open_shards(
     split: str = "train",
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[Shard]:
-    """Shards."""
-    raise NotImplementedError("not implemented yet: stream")
+    """The shards of a dataset entry, by the arguments of `sources.open_rows`: each file of a path is one.
+
+    `kwargs["sample_by"]` says what is a row of a text file: a "line", a "paragraph" (the default) or the "document".
+    """
+    kwargs = dict(kwargs or {})
+    if path and not (os.path.isdir(path) and is_saved_dataset(path)):
+        files = files_of(path)
+        _whole_only(split, path)
+        return [shard_of(file, sample_by=kwargs.get("sample_by", "paragraph")) for file in files]
+    if path or (name and ":" not in name):
+        return _of_datasets(name, path, subset, split, kwargs)
+    if not name:
+        raise ValueError("a dataset needs dataset_path (a file or folder) or a dataset_name that says where it is")
+    _whole_only(split, name)
+    return [Called(name, named_function(name, key="dataset_name"), kwargs)]
+
+
+def _of_datasets(name: str | None, path: str | None, subset: str | None, split: str, kwargs: Any) -> list[Shard]:
+    if path:
+        rows = open_rows(name, path, split=split)
+        return [Held(rows.name, rows.rows, 0, len(rows))]
+    assert name is not None
+    dataset = load(name, subset, split, {**kwargs, "streaming": True})
+    count = max(dataset.num_shards, 1)
+    title = f"{name}, split {split}"
+    if count == 1:
+        return [Streamed(title, dataset)]
+    return [Streamed(f"{title}, shard {i}", dataset.shard(count, i)) for i in range(count)]
+
+
+def _whole_only(split: str, name: str) -> None:
+    if split and "[" in split:
+        raise ValueError(
+            f"split {split!r} of a stream of {name}: how many rows it has is not known; leave stream out, use"
+            " sample_count, or name the files"
+        )

@@ -4,25 +4,31 @@
 messages.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from input_pipeline.examples import RowError, show
+from input_pipeline.files import File, files_of, fingerprint, is_saved_dataset
 from input_pipeline.functions import named_function
 from input_pipeline.jsonl import JsonLines, open_json, open_jsonl
-
-ON_DISK = ".jsonl, .json (a list), .parquet, or a folder written by datasets' save_to_disk"
+from input_pipeline.lines import SAMPLES, Lines
+from input_pipeline.records import Shard
+from input_pipeline.tables import Held, Numbered
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by index, and the name of what they come from."""
+    """Rows by index, and the name of what they come from; `fingerprint` changes when they do (None: not known)."""
 
     name: str
     rows: Sequence[Any] = field(repr=False)
     first: int = 0  # rows before these in the source, where a slice was taken
+    fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -31,9 +37,60 @@ class Rows:
         return self.rows[index]
 
     def where(self, index: int) -> str:
-        """`row 17 of data/train.jsonl`: counted from 1; in JSON Lines the line, so that an editor finds it."""
-        number = self.rows.numbers[index] if isinstance(self.rows, JsonLines) else index + 1 + self.first
+        """`row 17 of data/train.jsonl`: counted from 1; in files of lines the line, so that an editor finds it."""
+        if isinstance(self.rows, Joined):
+            return self.rows.where(index)
+        number = self.rows.numbers[index] if isinstance(self.rows, JsonLines | Read) else index + 1 + self.first
         return f"row {number} of {self.name}"
+
+
+@dataclass(frozen=True)
+class Read(Sequence):
+    """Rows held in memory, or the errors of reading them, and the number of each in its file."""
+
+    rows: list[Any] = field(repr=False)
+    numbers: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Read(self.rows[index], self.numbers[index])
+        if isinstance(self.rows[index], RowError):
+            raise self.rows[index]
+        return self.rows[index]
+
+
+@dataclass(frozen=True)
+class Joined(Sequence):
+    """The rows of several files, one after the other, from row `start` up to `stop`; `offsets` is where each begins."""
+
+    parts: tuple[Rows, ...]
+    offsets: np.ndarray = field(repr=False)
+    start: int = 0
+    stop: int | None = None
+
+    def __len__(self) -> int:
+        return (int(self.offsets[-1]) if self.stop is None else self.stop) - self.start
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return Joined(self.parts, self.offsets, self.start + start, self.start + stop)
+        part, place = self._find(index)
+        return part[place]
+
+    def where(self, index: int) -> str:
+        """Where a row stands in its own file."""
+        part, place = self._find(index)
+        return part.where(place)
+
+    def _find(self, index: int) -> tuple[Rows, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self.offsets, self.start + index, side="right")) - 1
+        return self.parts[part], self.start + index - int(self.offsets[part])
 
 
 def open_rows(
@@ -52,35 +109,43 @@ def open_rows(
     """
     kwargs = dict(kwargs or {})
     if path:
-        return _from_disk(Path(path).expanduser(), split)
+        return _from_disk(os.path.expanduser(path), split, kwargs)
     if not name:
         raise ValueError(
             "a dataset needs dataset_path (a file or folder) or a dataset_name that says where its rows are"
         )
     if ":" in name:
         return _sliced(Rows(name, _call(name, kwargs)), split)
-    return _from_hub(name, subset, split, kwargs)
+    loaded = load(name, subset, split, kwargs)
+    return Rows(f"{name}, split {split}", loaded, fingerprint=loaded._fingerprint)
 
 
-def _from_disk(path: Path, split: str) -> Rows:
-    if not path.exists():
-        raise ValueError(f"dataset_path {str(path)!r} does not exist (looked in {Path.cwd()})")
-    if path.is_dir():
-        if not ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-            raise ValueError(
-                f"dataset_path {str(path)!r} is a folder, but not one written by save_to_disk; allowed: {ON_DISK}"
-            )
-        return _saved_dataset(path, split)
-    if path.suffix == ".jsonl":
-        return _sliced(Rows(str(path), open_jsonl(path)), split)
-    if path.suffix == ".json":
-        return _sliced(Rows(str(path), open_json(path).rows), split)
-    if path.suffix == ".parquet":
-        return _sliced(Rows(str(path), _parquet(path)), split)
-    raise ValueError(f"Unsupported file format: {path.suffix or 'no suffix'} of {str(path)!r}; allowed: {ON_DISK}")
+def _from_disk(path: str, split: str, kwargs: Mapping[str, Any]) -> Rows:
+    if os.path.isdir(path) and is_saved_dataset(path):
+        return _saved_dataset(Path(path), split)
+    files = files_of(path)
+    parts = tuple(_of_file(file, kwargs) for file in files)
+    if len(parts) == 1:
+        return _sliced(parts[0], split)
+    joined = Joined(parts, np.cumsum([0, *map(len, parts)]))
+    return _sliced(Rows(path, joined, fingerprint=fingerprint(files)), split)
 
 
-def _parquet(path: Path) -> Sequence[Any]:
+def _of_file(file: File, kwargs: Mapping[str, Any]) -> Rows:
+    """The rows of a file by index: of plain JSON Lines only where each begins is held, of tables what is mapped; all
+    others are read."""
+    name, marks = file.path, fingerprint([file])
+    if file.kind == "jsonl" and not file.codec and not file.is_remote:
+        return Rows(name, open_jsonl(name), fingerprint=marks)
+    if file.kind == "json":
+        return Rows(name, open_json(file).rows, fingerprint=marks)
+    if file.kind == "parquet" and not file.is_remote:
+        return Rows(name, _parquet(file.path), fingerprint=marks)
+    records = list(shard_of(file, sample_by=kwargs.get("sample_by", "paragraph")).read())
+    return Rows(name, Read([r.row for r in records], np.asarray([r.number for r in records])), fingerprint=marks)
+
+
+def _parquet(path: str) -> Sequence[Any]:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet
@@ -101,18 +166,18 @@ def _saved_dataset(path: Path, split: str) -> Rows:
         if base not in saved:
             raise ValueError(f"split {base!r} is not in {path}; it has: {', '.join(saved)}")
         saved = saved[base]
-    return _sliced(Rows(str(path), saved), split)
+    return _sliced(Rows(str(path), saved, fingerprint=saved._fingerprint), split)
 
 
-def _from_hub(name: str, subset: str | None, split: str, kwargs: dict[str, Any]) -> Rows:
+def load(name: str, subset: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
+    """`datasets.load_dataset`; ValueError in one line where it cannot."""
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, name=subset, split=split or "train", **kwargs)
+        return datasets.load_dataset(name, name=subset, split=split or "train", **kwargs)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"dataset {name!r} (split {split!r}) could not be loaded: {reason}") from error
-    return Rows(f"{name}, split {split}", loaded)
 
 
 def _call(name: str, kwargs: dict[str, Any]) -> Sequence[Any]:
@@ -144,9 +209,21 @@ def _sliced(rows: Rows, split: str) -> Rows:
         part: Sequence[Any] = JsonLines(
             lines.path, lines.starts[start:stop], lines.ends[start:stop], lines.numbers[start:stop]
         )
-        return Rows(rows.name, part)
+        return replace(rows, rows=part)
     part = rows.rows.select(range(start, stop)) if hasattr(rows.rows, "select") else rows.rows[start:stop]
-    return Rows(rows.name, part, start)
+    return replace(rows, rows=part, first=start)
+
+
+def shard_of(file: File, *, sample_by: str = "paragraph") -> Shard:
+    """The shard that a file is."""
+    if sample_by not in SAMPLES:
+        raise ValueError(f"dataset_kwargs.sample_by is {sample_by!r}; allowed: {', '.join(SAMPLES)}")
+    if file.kind in ("jsonl", "text"):
+        return Lines(file, "json" if file.kind == "jsonl" else sample_by)
+    if file.kind == "json":
+        rows = open_json(file).rows
+        return Held(file.path, rows, 0, len(rows))
+    return Numbered(file)
 
 
 def read(rows: Rows, index: int) -> Any:
@@ -156,4 +233,4 @@ def read(rows: Rows, index: int) -> Any:
     except RowError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise RowError(f"{rows.where(index)} cannot be read: {error}") from error
+        raise RowError(f"{rows.where(index)} cannot be read: {error}", "unreadable") from error

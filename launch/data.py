@@ -70,6 +70,7 @@ def reading_of(config: ConfigDict) -> Reading:
     return Reading(
         max_length=derived.max_length(config),
         seed=config.training.data_seed,
+        trainer=config.training.trainer_type,
         packing=derived.packing(config),
         completion_only_loss=kwargs.completion_only_loss,
         assistant_only_loss=kwargs.assistant_only_loss,

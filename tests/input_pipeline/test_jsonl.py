@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from input_pipeline.examples import RowError
+from input_pipeline.files import File
 from input_pipeline.jsonl import open_json, open_jsonl
 
 
@@ -56,11 +57,14 @@ def test_json_types_are_kept_as_they_are(tmp_path):
 
 
 def test_a_json_file_must_hold_a_list(tmp_path):
-    assert list(open_json(write(tmp_path, b'\xef\xbb\xbf[{"a": 1},\r\n {"a": 2}]', "a.json"))) == [{"a": 1}, {"a": 2}]
+    assert list(open_json(File(str(write(tmp_path, b'\xef\xbb\xbf[{"a": 1},\r\n {"a": 2}]', "a.json")), "json"))) == [
+        {"a": 1},
+        {"a": 2},
+    ]
     with pytest.raises(ValueError, match=r"b\.json holds an object; a \.json file must hold a list of rows"):
-        open_json(write(tmp_path, b'{"a": 1}', "b.json"))
+        open_json(File(str(write(tmp_path, b'{"a": 1}', "b.json")), "json"))
     with pytest.raises(ValueError, match=r"c\.json:2:3: Expecting ',' delimiter"):
-        open_json(write(tmp_path, b'[{"a": 1}\n  {"a": 2}]', "c.json"))
+        open_json(File(str(write(tmp_path, b'[{"a": 1}\n  {"a": 2}]', "c.json")), "json"))
 
 
 def test_nesting_too_deep_for_the_parser_is_a_bad_row_and_not_a_crash(tmp_path):

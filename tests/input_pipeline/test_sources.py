@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     dataset.to_parquet(folder / "rows.parquet")
     dataset.save_to_disk(folder / "saved")
     datasets.DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(folder / "splits")
+    (folder / "empty").mkdir()
     (folder / "made.py").write_text("def rows(count):\n    return [{'text': f't{i}'} for i in range(count)]\n")
     return folder
 
@@ -82,8 +83,8 @@ def test_a_function_in_a_file_or_a_module_gives_rows(folder):
     ("name", "error"),
     [
         ("missing.jsonl", "dataset_path '.*missing.jsonl' does not exist"),
-        ("made.py", r"Unsupported file format: \.py of .*allowed: \.jsonl, \.json \(a list\), \.parquet, or a folder"),
-        (".", "is a folder, but not one written by save_to_disk"),
+        ("made.py", r"Unsupported file format: \.py of .*allowed: \.jsonl, \.json \(a list\), \.txt"),
+        ("empty", "has no file of rows; allowed"),
     ],
 )
 def test_a_path_that_cannot_be_read_is_answered_with_what_can(folder, name, error):

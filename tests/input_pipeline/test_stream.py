@@ -14,7 +14,7 @@ from input_pipeline.chat import LossMask
 from input_pipeline.examples import RowError
 from input_pipeline.lanes import Recipe
 from input_pipeline.meaning import Meaning
-from input_pipeline.shards import Record
+from input_pipeline.records import Record
 from input_pipeline.store import Encoder
 from input_pipeline.stream import StreamBatches, lanes_for
 from input_pipeline.template import Template
