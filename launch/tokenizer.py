@@ -4,6 +4,7 @@ Texts are read one after the other and never held: what is kept in memory is eac
 same texts give the same files, byte for byte.
 """
 
+import functools
 import json
 import os
 import sys
@@ -11,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from input_pipeline.catalog import Entry, open_dataset
-from input_pipeline.examples import Chat, Completion, Example, Text
+from input_pipeline.catalog import Entry, open_stream
+from input_pipeline.examples import Chat, Completion, Example, RowError, Text
 from input_pipeline.tokenizer import read_template
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -108,9 +109,12 @@ def texts(files: Iterable[str], *, text_field: str) -> Iterator[str]:
     them. RowError names the first row that cannot be used.
     """
     for file in files:
-        rows = open_dataset(Entry(dataset_name="text_sft", dataset_path=file), text_field=text_field)
-        for index in range(len(rows)):
-            yield from _said(rows.example(index))
+        stream = open_stream(Entry(dataset_name="text_sft", dataset_path=file), text_field=text_field)
+        for shard in stream.shards:
+            for record in shard.read():
+                if isinstance(record.row, RowError):
+                    raise record.row
+                yield from _said(stream.meaning.example(record.row, functools.partial(shard.where, record.number)))
 
 
 class Tally:

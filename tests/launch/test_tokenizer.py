@@ -1,5 +1,6 @@
 """`einkorn tokenizer train`: what it writes is a tokenizer, the same each time, and says so."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -50,10 +51,17 @@ def test_the_same_corpus_gives_the_same_bytes_from_files_of_any_kind(corpus, tmp
 
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
-    for number, file in enumerate((corpus, corpus, tmp_path / "corpus.parquet")):
+    (tmp_path / "corpus.txt").write_text("\n\n".join(texts))
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    (tmp_path / "halves").mkdir()
+    lines = corpus.read_text().splitlines(keepends=True)
+    for name, half in (("a", lines[:100]), ("b", lines[100:])):
+        (tmp_path / "halves" / f"{name}.jsonl").write_text("".join(half))
+    others = [tmp_path / name for name in ("corpus.parquet", "corpus.txt", "corpus.jsonl.gz", "halves")]
+    for number, file in enumerate((corpus, corpus, *others)):
         train([str(file)], tmp_path / str(number), PLAIN)
-    first, second, third = (files_of(tmp_path / str(number)) for number in range(3))
-    assert first == second == third
+    first, *rest = (files_of(tmp_path / str(number)) for number in range(6))
+    assert [found == first for found in rest] == [True] * 5
 
 
 def test_for_chats_it_has_the_tokens_and_the_template_of_chatml(tmp_path):

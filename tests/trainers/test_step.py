@@ -13,7 +13,7 @@ from models.rope import Rope
 from models.sharding import make_mesh
 from trainers import optim
 from trainers.loop import device_batch
-from trainers.sft import sft_loss
+from trainers.sft import cross_entropy_alone, sft_loss
 from trainers.step import Step, TrainState, build_step
 
 CONFIG = DecoderConfig(
@@ -81,7 +81,14 @@ def built(mesh: jax.sharding.Mesh, *, remat: str = "none", rate: float = 1e-2, *
         "adamw", schedule=lambda step: rate, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, momentum=0.0
     )
     loss = sft_loss(CONFIG, compute=Compute(remat=remat), **changes)
-    return build_step(loss, optimizer, abstract_params(CONFIG, dtype=jnp.float32), mesh=mesh, max_grad_norm=1.0)
+    return build_step(
+        loss,
+        optimizer,
+        abstract_params(CONFIG, dtype=jnp.float32),
+        mesh=mesh,
+        max_grad_norm=1.0,
+        evaluated=cross_entropy_alone(CONFIG, compute=Compute()) if changes else None,
+    )
 
 
 def beginning(step: Step, mesh: jax.sharding.Mesh) -> TrainState:
@@ -174,6 +181,19 @@ def test_evaluation_sums_over_microbatches():
     for name in one:
         np.testing.assert_allclose(one[name].mean(), four[name].mean(), rtol=1e-6)
     assert float(one["loss"].count) == float(batch(3, accumulation=1, packed=False)["weights"].sum())
+
+
+def test_what_shapes_training_is_in_the_loss_and_not_in_the_evaluation():
+    mesh = make_mesh({}, devices=jax.devices()[:1])
+    host = batch(3, accumulation=2, packed=True)
+    plain, shaped = built(mesh, rate=0.0), built(mesh, rate=0.0, z_loss=0.1)
+    expected = plain.evaluate(beginning(plain, mesh).params, None, device_batch(host, mesh))["loss"]
+    found = shaped.evaluate(beginning(shaped, mesh).params, None, device_batch(host, mesh))
+    np.testing.assert_allclose(found["loss"].mean(), expected.mean(), rtol=1e-6)
+    assert "z_loss" not in found
+    metrics = shaped.train(beginning(shaped, mesh), None, device_batch(host, mesh))[1]
+    np.testing.assert_allclose(metrics["loss"], expected.mean() + metrics["z_loss"], rtol=1e-6)
+    assert float(metrics["z_loss"]) > 1
 
 
 @pytest.mark.parametrize(
