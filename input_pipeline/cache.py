@@ -23,6 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
+from input_pipeline.examples import RowError
+from input_pipeline.sources import Rows, read
+
 VERSION = 1  # of the layout, and of what rows are made into: raise it with either
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,31 @@ def key_of(*parts: Any) -> str:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=repr).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
+
+
+def rows_hash(rows: Rows, picked: np.ndarray) -> str:
+    """A hash of rows: of their fingerprint, or where they have none of those that are picked."""
+    if rows.fingerprint is not None:
+        # A slice of a file, or lines read in another way, have the file's own fingerprint.
+        ends = [0, len(rows) - 1] if len(rows) else []
+        return key_of(rows.fingerprint, len(rows), *([rows.where(i), repr(_as_stored(rows, i))] for i in ends))
+    digest = xxhash.xxh3_128()
+    for index in picked.tolist():
+        digest.update(_as_stored(rows, index) + b"\n")
+    return digest.hexdigest()
+
+
+def _as_stored(rows: Rows, index: int) -> bytes:
+    """A row, or the error of reading it, as a line of bytes."""
+    try:
+        row = read(rows, index)
+    except RowError as error:
+        row = ["unreadable", str(error)]
+    try:
+        plain = json.dumps(row, default=lambda x: x.tolist() if hasattr(x, "tolist") else repr(x))
+    except (TypeError, ValueError):  # keys that JSON does not have, or a circle: the row will be refused
+        plain = repr(row)
+    return plain.encode("utf-8", "surrogatepass")
 
 
 def load(folder: Path, key: str) -> Entry | None:

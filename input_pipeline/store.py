@@ -7,7 +7,6 @@ being loaded; the result is the same.
 
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from input_pipeline.cache import Entry, Writing, key_of, load
+from input_pipeline.cache import Entry, Writing, key_of, load, rows_hash
 from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
 from input_pipeline.encode import Tokens, encode, words_of
@@ -306,7 +305,7 @@ class Tokenizing:
 
     def key(self, picks: np.ndarray) -> str:
         """The name in the cache of what the picked rows become."""
-        data = [_rows_hash(d.rows, picks[picks[:, 0] == n, 1]) for n, d in enumerate(self.datasets)]
+        data = [rows_hash(d.rows, picks[picks[:, 0] == n, 1]) for n, d in enumerate(self.datasets)]
         return key_of(self.encoder.fingerprint(), data, np.ascontiguousarray(picks, "<i8").tobytes())
 
 
@@ -339,21 +338,6 @@ def tokenize_rows(
         return _joined(first)
     ids = max(tokenizing.encoder.template.tokenizer.get_vocab().values())
     return _found(_written(itertools.chain(first, chunks), cache, key, np.uint16 if ids < 2**16 else np.uint32))
-
-
-def _rows_hash(rows: Any, picked: np.ndarray) -> str:
-    """The rows' own fingerprint, or where they have none a hash of those that are picked."""
-    own = getattr(rows, "fingerprint", None)
-    if own is not None:
-        return str(own)
-    digest = xxhash.xxh3_128()
-    for index in picked.tolist():
-        try:
-            row = read(rows, index)
-        except RowError as error:
-            row = ["unreadable", str(error)]
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _told(chunks: Iterator[Chunk], progress: Callable[[int], None]) -> Iterator[Chunk]:

@@ -10,7 +10,7 @@ import pytest
 from input_pipeline.cache import load
 from input_pipeline.catalog import Dataset
 from input_pipeline.chat import LossMask
-from input_pipeline.jsonl import open_jsonl
+from input_pipeline.jsonl import JsonLines, open_jsonl
 from input_pipeline.meaning import Meaning
 from input_pipeline.sources import Rows
 from input_pipeline.store import Counts, Encoder, Tokenizing, tokenize_rows, too_many_bad
@@ -155,6 +155,18 @@ def test_every_part_of_the_key_changes_it(rows, tokenizer, tokenizer_maker, tmp_
     truncating = tokenizer_maker()
     truncating("a b c", truncation=True, max_length=2)  # left in the tokenizer by whoever used it before
     assert key(encoder(truncating)) == key(encoder(tokenizer_maker()))
+
+
+@pytest.mark.parametrize("fingerprint", [None, "of the file"])
+def test_slices_of_a_file_do_not_share_an_entry(rows, tokenizer, fingerprint):
+    encode = encoder(tokenizer)
+    whole = open_jsonl(rows.name)
+    keys = set()
+    for start in (0, 5):
+        part = JsonLines(whole.path, *(a[start : start + 5] for a in (whole.starts, whole.ends, whole.numbers)))
+        some = Rows(rows.name, part, fingerprint=fingerprint)
+        keys.add(Tokenizing((Dataset(some, encode.meanings[0]),), encode).key(all_of(some)))
+    assert len(keys) == 2
 
 
 class Generated(Sequence):
