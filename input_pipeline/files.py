@@ -5,6 +5,7 @@ import glob
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,7 +27,7 @@ ON_DISK = (
 )
 _BESIDE = (".md", ".py", ".gitattributes", ".gitignore", ".lock", ".yaml", ".yml", ".crc")  # files that hold no rows
 _NAMED = ("dataset_infos.json", "dataset_info.json", "state.json", "LICENSE", "_SUCCESS")
-_DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "abfs": "adlfs", "hf": "huggingface_hub"}
+_DRIVERS = {"gs": "'einkorn[gcs]'", "gcs": "'einkorn[gcs]'", "s3": "s3fs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 
 class File(NamedTuple):
@@ -80,7 +81,7 @@ def opened(file: File) -> Iterator[BinaryIO]:
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(_raw(file.path))
             yield stack.enter_context(_unpacked(raw, file.codec)) if file.codec else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RowError(f"{file.path} cannot be read: {error}", "unreadable") from error
 
 
@@ -117,7 +118,7 @@ def _remote(path: str) -> list[str]:
     if glob.has_magic(name):
         names = system.glob(name)
     elif system.isdir(name):
-        names = system.find(name)
+        names = [each for each in system.find(name) if not _hidden(Path(each), name)]
     elif system.exists(name):
         return [path]
     else:
@@ -136,7 +137,7 @@ def _local(path: str) -> list[str]:
 
 
 def _hidden(path: Path, folder: str) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return any(part.startswith(".") for part in path.parts[len(Path(folder).parts) :])
 
 
 def _beside(path: str) -> bool:

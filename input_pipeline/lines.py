@@ -64,8 +64,8 @@ class Lines:
         held, first, begins = bytearray(), line + 1, byte  # of the paragraph so far
         while stop is None or byte < stop:
             text = file.readline()
+            blank = not (text.removeprefix(codecs.BOM_UTF8) if byte == 0 else text).strip()
             byte, line = byte + len(text), line + 1
-            blank = not text.strip()
             if self.sample != "paragraph":
                 if not blank:
                     row += 1

@@ -152,8 +152,9 @@ def _parquet(path: str) -> Sequence[Any]:
 
     try:
         table = pa.parquet.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is not a readable parquet file: {reason}") from None
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 
@@ -192,18 +193,7 @@ def _sliced(rows: Rows, split: str) -> Rows:
     """The part of a file's rows that a split such as "train[:10%]" asks for."""
     if not split or "[" not in split:
         return rows
-    import datasets
-
-    base = split.partition("[")[0]
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({base: len(rows)})
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"split {split!r} is not understood: {error}; write it like 'train[:512]' or 'train[10%:]'"
-        ) from None
-    if len(parts) != 1:
-        raise ValueError(f"split {split!r}: a file can be cut into one part only")
-    start, stop = parts[0].from_ or 0, len(rows) if parts[0].to is None else parts[0].to
+    start, stop = bounds(split, len(rows))
     if isinstance(rows.rows, JsonLines):
         lines = rows.rows
         part: Sequence[Any] = JsonLines(
@@ -212,6 +202,22 @@ def _sliced(rows: Rows, split: str) -> Rows:
         return replace(rows, rows=part)
     part = rows.rows.select(range(start, stop)) if hasattr(rows.rows, "select") else rows.rows[start:stop]
     return replace(rows, rows=part, first=start)
+
+
+def bounds(split: str, length: int) -> tuple[int, int]:
+    """The rows [start, stop) of `length` that a split such as "train[:10%]" asks for."""
+    import datasets
+
+    base = split.partition("[")[0]
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({base: length})
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"split {split!r} is not understood: {error}; write it like 'train[:512]' or 'train[10%:]'"
+        ) from None
+    if len(parts) != 1:
+        raise ValueError(f"split {split!r}: a file can be cut into one part only")
+    return parts[0].from_ or 0, length if parts[0].to is None else parts[0].to
 
 
 def shard_of(file: File, *, sample_by: str = "paragraph") -> Shard:

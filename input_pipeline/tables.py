@@ -1,13 +1,15 @@
 """Files of numbered rows read in parts: parquet, Arrow and array_record; rows in memory; and datasets of the hub."""
 
 import contextlib
+import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from input_pipeline.examples import RowError
+from input_pipeline.examples import RowError, show
 from input_pipeline.files import File, opened, size
+from input_pipeline.functions import named_function
 from input_pipeline.records import Position, Record
 
 _ROWS = 256  # read at once
@@ -102,21 +104,21 @@ class Streamed:
     def read(self, position: Position | None = None) -> Iterator[Record]:
         """The rows from `position` on."""
         number = position["row"] if position else 0
+        rows = copy.deepcopy(self.rows)  # the state is in the dataset: other readings have their own
         if position:
-            self.rows.load_state_dict(position["state"])
-        for row in self.rows:
+            rows.load_state_dict(position["state"])
+        for row in rows:
             number += 1
             if number % self.count == (self.index + 1) % self.count:
-                yield Record(row, number, {"row": number, "state": self.rows.state_dict()})
+                yield Record(row, number, {"row": number, "state": rows.state_dict()})
 
 
 @dataclass(frozen=True)
 class Called:
-    """What a function of the user's gives, which is called afresh for every reading; part i of n has every n-th row."""
+    """What the function `name` gives, which is called afresh for every reading; part i of n has every n-th row."""
 
-    name: str
-    function: Any
-    kwargs: Any
+    name: str  # file.py:function, and not the function: one of a file cannot be pickled
+    kwargs: Mapping[str, Any]
     index: int = 0
     count: int = 1
 
@@ -131,17 +133,26 @@ class Called:
     def read(self, position: Position | None = None) -> Iterator[Record]:
         """The rows from `position` on: those before it are made again and left out."""
         done = position["row"] if position else 0
-        for number, row in enumerate(self.function(**self.kwargs), 1):
+        rows = named_function(self.name, key="dataset_name")(**self.kwargs)
+        if not isinstance(rows, Iterable):
+            raise ValueError(f"dataset_name {self.name!r} must return rows, not {show(rows)}")
+        for number, row in enumerate(rows, 1):
             if number > done and number % self.count == (self.index + 1) % self.count:
                 yield Record(row, number, {"row": number})
 
 
 @contextlib.contextmanager
 def _table(file: File) -> Iterator[Any]:
-    """An open table: its length, and `rows(start, stop)`; ValueError names a file that is none."""
+    """An open table: its length, and `rows(start, stop)`; ValueError names a file that is none, or is damaged."""
+    import pyarrow as pa
+
     kinds = {"parquet": _Parquet, "arrow": _Arrow, "array_record": _ArrayRecord}
-    with contextlib.ExitStack() as stack:
-        yield kinds[file.kind](file, stack)
+    try:
+        with contextlib.ExitStack() as stack:
+            yield kinds[file.kind](file, stack)
+    except (OSError, RuntimeError, IndexError, pa.ArrowException) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RowError(f"{file.path} cannot be read: {reason}", "unreadable") from error
 
 
 class _Parquet:
@@ -149,6 +160,7 @@ class _Parquet:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
+        self._path = file.path
         source = stack.enter_context(opened(file)) if file.is_remote else file.path
         try:
             self._file = stack.enter_context(parquet.ParquetFile(source))
@@ -167,7 +179,7 @@ class _Parquet:
                 for batch in self._file.iter_batches(batch_size=_ROWS, row_groups=[group]):
                     low, high = max(start - place, 0), min(stop - place, len(batch))
                     if low < high:
-                        yield from batch.slice(low, high - low).to_pylist()
+                        yield from _listed(batch.slice(low, high - low), place + low, self._path)
                     place += len(batch)
             first += length
 
@@ -176,6 +188,7 @@ class _Arrow:
     def __init__(self, file: File, stack: contextlib.ExitStack):
         import pyarrow as pa
 
+        self._path = file.path
         if file.is_remote:
             source: Any = pa.PythonFile(stack.enter_context(opened(file)))
         else:
@@ -193,8 +206,22 @@ class _Arrow:
         for batch in self._batches:
             low, high = max(start - first, 0), min(stop - first, len(batch))
             for place in range(low, high, _ROWS):
-                yield from batch.slice(place, min(_ROWS, high - place)).to_pylist()
+                yield from _listed(batch.slice(place, min(_ROWS, high - place)), first + place, self._path)
             first += len(batch)
+
+
+def _listed(batch: Any, first: int, path: str) -> Iterator[Any]:
+    """The rows of a batch, which begins at row `first` of the file, from 0; one with bytes that are not UTF-8 is an
+    error of its own."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) > 1:
+            for place in range(len(batch)):
+                yield from _listed(batch.slice(place, 1), first + place, path)
+            return
+        rows = [RowError(f"row {first + 1} of {path}: a string is not UTF-8", "encoding")]
+    yield from rows
 
 
 def _batches(source: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 
 import fsspec
 import pyarrow as pa
@@ -103,7 +104,7 @@ def test_the_place_after_any_row_leads_to_the_rest(folder, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(count=st.integers(1, 40))
 def test_parts_are_the_whole_without_overlap(folder, name, count):
     whole = shard(folder / name)
@@ -187,7 +188,7 @@ def test_files_of_another_store_are_read_through_fsspec():
     assert list(open_rows(None, "memory://corpus/*.jsonl")) == ROWS
     with pytest.raises(ValueError, match=r"^dataset_path 'memory://nothing' does not exist$"):
         open_shards(None, "memory://nothing")
-    with pytest.raises(ValueError, match=r"gs:// cannot be opened here .*pip install gcsfs$"):
+    with pytest.raises(ValueError, match=r"gs:// cannot be opened here .*pip install 'einkorn\[gcs\]'$"):
         open_shards(None, "gs://bucket/x.jsonl")
 
 
@@ -201,9 +202,81 @@ def test_a_damaged_file_is_named_in_one_line(folder, tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "b.arrow", "a.jsonl.gz"])
+def test_damage_inside_a_file_is_named_in_one_line(folder, tmp_path, name):
+    data = (folder / name).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(data[:-100] if "arrow" in name else data[:30] + b"\xff" * 40 + data[70:])
+    with pytest.raises(ValueError, match=rf"^{path} (cannot be read|is not a readable)") as error:
+        list(shard(path).read())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_string_of_a_table_that_is_not_utf8_is_an_error_of_its_row_only(tmp_path, name):
+    strings = pa.array([b"a", b"caf\xe9", b"b"]).cast(pa.binary())
+    column = pa.StringArray.from_buffers(3, *strings.buffers()[1:])
+    table = pa.table({"text": column})
+    if name == "a.parquet":
+        pa.parquet.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    first, bad, last = (record.row for record in shard(tmp_path / name).read())
+    assert (first, last) == ({"text": "a"}, {"text": "b"})
+    assert (str(bad), bad.kind) == (f"row 2 of {tmp_path / name}: a string is not UTF-8", "encoding")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.arrow", "a.array_record"])
+def test_a_file_that_vanishes_meanwhile_is_named(folder, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes((folder / name).read_bytes())
+    opened = shard(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"^{path} .*[Nn]o such file") as error:
+        list(opened.read())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b"\n\r\n  \n", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.zst"])
+def test_a_file_without_rows_has_none(tmp_path, name, data):
+    packed(tmp_path / name, data)
+    assert list(shard(tmp_path / name).read()) == []
+    assert len(open_rows(None, str(tmp_path / name))) == 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(ends=st.tuples(st.integers(0, 46), st.integers(0, 46)).map(sorted).filter(lambda ends: ends[0] < ends[1]))
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json"])
+def test_a_slice_is_of_the_rows_of_all_files(tmp_path_factory, folder, name, ends):
+    both = tmp_path_factory.mktemp("both")
+    for copy in ("1" + name, "2" + name):
+        (both / copy).write_bytes((folder / name).read_bytes())
+    split = f"train[{ends[0]}:{ends[1]}]"
+    found = open_shards(None, str(both), split=split)
+    assert [r.row for each in found for r in each.read()] == (ROWS * 2)[slice(*ends)]
+    assert [r.row for each in found for i in range(3) for r in each.part(i, 3).read()] == (ROWS * 2)[slice(*ends)]
+    rows = open_rows(None, str(both), split=split)
+    assert [each.where(r.number) for each in found for r in each.read()] == [rows.where(i) for i in range(len(rows))]
+
+
+def test_a_slice_in_percent_of_a_file_that_knows_its_length(folder):
+    (kept,) = open_shards(None, str(folder / "a.parquet"), split="train[90%:]")
+    assert [record.row for record in kept.read()] == ROWS[21:]
+    with pytest.raises(ValueError, match=r"^split 'train\[:0\]' of .*a\.parquet has 0 rows, of 23$"):
+        open_shards(None, str(folder / "a.parquet"), split="train[:0]")
+
+
 def test_a_slice_of_a_stream_whose_length_is_unknown_is_refused(folder):
     with pytest.raises(ValueError, match=r"split 'train\[:5\]' of a stream"):
         open_shards(None, str(folder / "a.jsonl"), split="train[:5]")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shards_go_to_other_processes(folder, name):
+    part = shard(folder / name).part(1, 2)
+    assert list(pickle.loads(pickle.dumps(part)).read()) == list(part.read())  # noqa: S301
 
 
 def test_a_function_is_called_afresh_for_every_reading(tmp_path):
@@ -213,6 +286,11 @@ def test_a_function_is_called_afresh_for_every_reading(tmp_path):
     assert rows == list("0123456")
     assert [r.row["text"] for r in only.read({"row": 4})] == list("456")
     assert sorted(r.row["text"] for i in range(3) for r in only.part(i, 3).read()) == rows
+    assert list(pickle.loads(pickle.dumps(only)).read()) == list(only.read())  # noqa: S301
+    (tmp_path / "none.py").write_text("def nothing():\n    return None\n")
+    (nothing,) = open_shards(f"{tmp_path}/none.py:nothing", None)
+    with pytest.raises(ValueError, match=r"none\.py:nothing' must return rows, not None$"):
+        list(nothing.read())
 
 
 def test_a_dataset_of_datasets_streams_with_its_own_state(tmp_path):
@@ -224,3 +302,14 @@ def test_a_dataset_of_datasets_streams_with_its_own_state(tmp_path):
     records = list(found[1].read())
     (again,) = open_shards("json", None, kwargs={"data_files": str(tmp_path / "1.jsonl")})
     assert [record.row for record in again.read(json.loads(json.dumps(records[4].next)))] == ROWS[5:]
+
+
+def test_readings_of_a_dataset_of_datasets_do_not_disturb_one_another(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (only,) = open_shards("json", None, kwargs={"data_files": str(tmp_path / "a.jsonl")})
+    even, odd = only.part(0, 2).read(), only.part(1, 2).read()
+    seen = [next(even), next(odd), next(odd), next(odd), next(even)]
+    assert [record.row for record in seen] == [ROWS[i] for i in (0, 1, 3, 5, 2)]
+    rest = [record.row for record in only.part(0, 2).read(json.loads(json.dumps(seen[-1].next)))]
+    assert rest == ROWS[4::2]
+    assert [record.row for record in only.read()] == ROWS
