@@ -55,6 +55,13 @@ def test_an_unknown_peak_is_said_to_be_unknown():
     assert line == "step 1/2 (50 %)  loss 1.0000  10 tok/s  MFU n/a"
 
 
+def test_how_well_text_is_predicted_follows_the_loss():
+    values = {"eval_loss": 1.5, "eval_perplexity": 4.4817, "eval_bits_per_byte": 0.91234, "eval_entropy": 1.25}
+    assert event_line(2, 2, values) == (
+        "step 2/2 (100 %)  eval_loss 1.5000  perplexity 4.48  0.9123 bits a byte  eval_entropy 1.25"
+    )
+
+
 def test_a_loss_that_is_not_finite_is_shown_as_such():
     assert event_line(1, 2, {"loss": float("nan")}) == "step 1/2 (50 %)  loss nan"
 

@@ -55,8 +55,8 @@ def run(tmp_path):
         for step in range(1, 101):
             values = {"loss": 2.5 * math.exp(-step / 40), "learning_rate": 1e-4, "num_tokens": 1000 * step}
             metrics.log(step, values, epoch=step / 50)
-        metrics.log(50, {"eval_loss": 1.25})
-        metrics.log(100, {"eval_loss": 0.75})
+        metrics.log(50, {"eval_loss": 1.25, "eval_perplexity": 3.49, "eval_bits_per_byte": 0.9})
+        metrics.log(100, {"eval_loss": 0.75, "eval_perplexity": 2.117, "eval_bits_per_byte": 0.541})
         metrics.log(100, {"train_runtime": 753.0, "train_tokens_per_second": 132.8, "train_mfu": 0.412})
     return tmp_path
 
@@ -89,6 +89,7 @@ def test_the_page_says_to_the_letter_what_it_was_given(run):
         "": [
             *("SFT of <b>m</b>", "SFT of <b>m</b>", "1 × cpu & more"),
             *("2% → 94%", "exact match", "2.438 → 0.205", "training loss", "1.250 → 0.750", "evaluation loss"),
+            *("3.5 → 2.1", "perplexity", "0.900 → 0.541", "bits a byte"),
             *("100", "steps", "100,000", "tokens seen", "12:33", "time", "133", "tokens a second", "41.2%", "MFU"),
         ],
         "Curves": [],
