@@ -39,6 +39,15 @@ class Feed:
         """What became of the rows read so far."""
         return self.batches.found.counts if isinstance(self.batches, StreamBatches) else self._data().counts
 
+    def seen(self) -> dict[str, float]:
+        """The share of each dataset in the rows: of a stream those used so far, else those of an epoch."""
+        if isinstance(self.batches, StreamBatches):
+            names, rows = self.batches.names, [self.batches.seen[n] for n in range(len(self.batches.names))]
+        else:
+            names = self._data().names
+            rows = np.bincount(self._data().store.sources[:, 0], minlength=len(names)).tolist()
+        return {name: count / max(sum(rows), 1) for name, count in zip(names, rows, strict=True)}
+
     def _data(self) -> Data:
         assert self.data is not None
         return self.data

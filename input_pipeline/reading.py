@@ -61,6 +61,7 @@ class Data:
     store: TokenStore
     counts: Counts
     where: Callable[[int, int], str]  # what names a row of a dataset
+    names: tuple[str, ...]  # of the datasets
     max_length: int  # the longest row allowed, or the longest there is
     notices: tuple[str, ...] = ()
 
@@ -108,21 +109,20 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
         seed=reading.seed,
     )
     workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
-    tokenizing = Tokenizing(datasets, encoder)
+    tokenizing, names = Tokenizing(datasets, encoder), tuple(dataset.rows.name for dataset in datasets)
     store, counts, notices = tokenize_rows(
         tokenizing, picks, workers=workers, progress=reading.progress, cache=reading.cache
     )
     too_many_bad(counts, split.get("max_bad_row_fraction"))
     if not len(store):
-        names = ", ".join(dataset.rows.name for dataset in datasets)
         raise ValueError(
-            f"{what} dataset {names} has 0 usable rows (read {counts.read}, bad {counts.bad},"
+            f"{what} dataset {', '.join(names)} has 0 usable rows (read {counts.read}, bad {counts.bad},"
             f" without a trained token within max_length {reading.max_length}: {counts.untrained})"
         )
     remarks = (*(note for dataset in datasets for note in dataset.meaning.notices), *notices)
     longest = int(store.lengths.max())
     allowed = reading.max_length or longest
-    return Data(store=store, counts=counts, where=tokenizing.where, max_length=allowed, notices=remarks)
+    return Data(store=store, counts=counts, where=tokenizing.where, names=names, max_length=allowed, notices=remarks)
 
 
 def preview(
@@ -145,7 +145,8 @@ def preview(
     def where(dataset: int, record: int) -> str:
         return records[record][1].where(records[record][2].number)
 
-    return Data(store=store, counts=chunk.counts, where=where, max_length=allowed, notices=opened.notices)
+    names = tuple(stream.name for stream in opened.streams)
+    return Data(store=store, counts=chunk.counts, where=where, names=names, max_length=allowed, notices=opened.notices)
 
 
 def read_streams(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Streams:

@@ -120,8 +120,33 @@ def described(feed: Feed) -> str:
         return "a stream, read as it comes"
     counts = feed.data.counts
     text = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
-    refused = {"bad": counts.bad, "without a trained token": counts.untrained, "cut to length": counts.over_long}
-    return text + "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
+    return text + _refused(counts) + _shares(feed)
+
+
+def used(feed: Feed) -> str | None:
+    """What became of the rows of a stream until now, as this process has read them; None where it was known before."""
+    if feed.data is not None:
+        return None
+    counts = feed.counts
+    return f"read {counts.read:,} rows, {counts.tokens:,} tokens" + _refused(counts) + _shares(feed)
+
+
+def _refused(counts: Counts) -> str:
+    """The rows that were not used, and those that were cut, where there are such."""
+    kinds = f" ({counts.refused()})" if counts.bad else ""
+    refused = {
+        f"bad{kinds}": counts.bad,
+        "left out": counts.left_out,
+        "without a trained token": counts.untrained,
+        "cut to length": counts.over_long,
+    }
+    return "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
+
+
+def _shares(feed: Feed) -> str:
+    """Of several datasets the share that each has in the rows."""
+    shares = feed.seen()
+    return "; " + ", ".join(f"{100 * share:.1f} % {name}" for name, share in shares.items()) if len(shares) > 1 else ""
 
 
 def mean_length(counts: Counts, *, default: int) -> float:

@@ -27,6 +27,7 @@ from launch.data import (
     rows_per_step,
     steps_of,
     train_data,
+    used,
     validation_data,
 )
 from launch.export import Described, write_adapter, write_model
@@ -143,6 +144,8 @@ def _train(
             config, model, after=merged(*parts_now), before=lambda: _at_first(config, model, mesh, frozen)
         )
         report = _report(config, model, feed, samples, folder) if jax.process_index() == 0 else None
+        if said := used(feed):
+            progress.note(said)
         progress.note(
             final_block(
                 output_dir=training.output_dir,
