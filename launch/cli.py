@@ -179,7 +179,8 @@ def main() -> None:
     """The console script: errors that a user can mend are lines, not tracebacks."""
     _own_packages()
     _ask_for_huge_pages()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    one_process = sys.argv[1:2] == ["tokenizer"]  # elsewhere processes are the parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if one_process else "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     try:
         app()

@@ -6,7 +6,6 @@ same texts give the same files, byte for byte.
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -70,7 +69,6 @@ def learn(corpus: Iterable[str], options: Options) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the command line turns it off: elsewhere processes are parallel
     bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
