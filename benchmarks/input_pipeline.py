@@ -164,22 +164,22 @@ def tokenizer_of(work: Work) -> Any:
 
 
 def einkorn_text(work: Work) -> Measured:
-    feed, seconds, _ = einkorn(work, work.texts, {"dataset_kwargs": {"format": "text"}}, packing="wrapped")
+    feed, seconds, _ = einkorn(work._replace(assistant=False), work.texts, packing="wrapped")
     return Measured(seconds, feed.counts.used, feed.counts.tokens, feed.useful)
 
 
 def einkorn_chats(work: Work) -> Measured:
-    feed, _, seconds = einkorn(work, work.chats, {}, packing="bfd")
+    feed, _, seconds = einkorn(work, work.chats, packing="bfd")
     return Measured(seconds, feed.counts.used, feed.counts.tokens, feed.useful)
 
 
-def einkorn(work: Work, file: str, entry: dict[str, Any], *, packing: str) -> tuple[Any, float, float]:
+def einkorn(work: Work, file: str, *, packing: str) -> tuple[Any, float, float]:
     """The feed, the seconds until all rows were tokenised, and those until all batches of an epoch were made."""
     from input_pipeline.pipeline import train_feed
     from input_pipeline.reading import Reading
 
     tokenizer = tokenizer_of(work)
-    data = {"train": {"datasets": [{"dataset_name": "text_sft", "dataset_path": file, **entry}], "pack": True}}
+    data = {"train": {"datasets": [{"dataset_name": "text_sft", "dataset_path": file}], "pack": True}}
     reading = Reading(max_length=work.length, seed=0, packing=packing, assistant_only_loss=work.assistant)
     start = time.process_time()
     feed = train_feed(data, tokenizer, reading=reading, rows_per_step=1, accumulation=1, epochs=1, prefetch=0)
