@@ -29,6 +29,7 @@ from input_pipeline.template import Template
 from input_pipeline.words import Words
 
 _CHUNK = 512  # rows that a worker is given at a time
+_FEW = 100  # rows up to which texts are tokenised whole: reading a tokenizer's rules takes a quarter of a second
 _MANY_ROWS = 50_000  # from here on "auto" uses several processes: starting them takes seconds
 _KEPT_FROM = 1_000_000  # tokens from which on they are written to the cache: fewer are made in about two seconds
 
@@ -172,7 +173,8 @@ class Encoder:
             good.append(place)
         tokens: list[Tokens | None] = [None] * len(rows)
         over_long = 0
-        encoded = encode(rendered, self.template.tokenizer, max_length=self.max_length, words=self._words)
+        words = self._words if len(rows) >= _FEW else None
+        encoded = encode(rendered, self.template.tokenizer, max_length=self.max_length, words=words)
         for place, found in zip(good, encoded, strict=True):
             if isinstance(found, RowError):
                 bad[place] = self._allowed(found.at(rows[place].where()))
