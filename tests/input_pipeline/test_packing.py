@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from input_pipeline.collate import line_of
-from input_pipeline.packing import Packed, join, plan
+from input_pipeline.packing import Packed, Wrapped, cut, join, plan
 
 
 def ids(*numbers):
@@ -91,3 +91,68 @@ def test_of_short_chats_at_least_97_in_100_tokens_are_useful(mean, spread, count
     drawn = np.random.default_rng(0).gamma((mean / spread) ** 2, spread**2 / mean, count)
     lengths = np.clip(drawn.astype(int), 16, length)
     assert lengths.sum() / (len(plan(lengths, length)) * length) >= 0.97
+
+
+def wrapped(lengths, length, seed, **options):
+    """Documents as above on end; a piece is a line of its own numbers."""
+
+    def piece(document, start, stop):
+        return line_of(ids(*range(1000 * document + 1 + start, 1000 * document + 1 + stop)), document)
+
+    return Wrapped(piece, lengths=np.asarray(lengths), length=length, seed=seed, **options)
+
+
+def test_documents_on_end_are_cut_every_so_many_tokens_and_the_rest_is_kept():
+    rows = wrapped([5, 2, 4], 4, None)
+    assert [rows[row].columns[:, 0].tolist() for row in range(len(rows))] == [
+        [1, 2, 3, 4],
+        [5, 1001, 1002, 2001],
+        [2002, 2003, 2004],
+    ]
+    assert rows[1].segments.tolist() == [1, 2, 2, 3]
+    assert rows[1].positions.tolist() == [0, 0, 1, 0]
+    assert rows[1].rows == (0, 1, 2)
+    together = wrapped([5, 2, 4], 4, None, isolate=False)[1]
+    assert (together.segments.tolist(), together.positions.tolist()) == ([1, 1, 1, 1], [0, 1, 2, 3])
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), length=st.integers(2, 70))
+def test_without_isolation_rows_on_end_are_those_of_trl(lengths, length):
+    table = datasets.Dataset.from_dict(
+        {"input_ids": [[1000 * d + 1 + i for i in range(n)] for d, n in enumerate(lengths)]}
+    )
+    packed = trl.pack_dataset(table, length, "wrapped", map_kwargs={"keep_in_memory": True})
+    ours = wrapped(lengths, length, None, isolate=False)
+    assert [ours[row].columns[:, 0].tolist() for row in range(len(ours))] == packed["input_ids"][:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), length=st.integers(2, 30), seed=st.integers(0, 2**64)
+)
+def test_every_epoch_on_end_holds_every_token_once_in_another_order(lengths, length, seed):
+    rows = wrapped(lengths, length, seed)
+    for epoch in range(3):
+        found = np.concatenate([rows[epoch * len(rows) + row].columns[:, 0] for row in range(len(rows))])
+        expected = [1000 * d + 1 + i for d, n in enumerate(lengths) for i in range(n)]
+        assert sorted(found.tolist()) == expected
+        assert all(len(rows[epoch * len(rows) + row].columns) == length for row in range(len(rows) - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40), length=st.integers(2, 30))
+def test_cut_documents_are_packed_as_by_trl(lengths, length):
+    table = datasets.Dataset.from_dict(
+        {"input_ids": [[1000 * d + 1 + i for i in range(n)] for d, n in enumerate(lengths)]}
+    )
+    packed = trl.pack_dataset(table, length, "bfd_split", map_kwargs={"keep_in_memory": True})
+    where, starts = cut(np.asarray(lengths), length)
+    pieces = [
+        ids(*range(1000 * d + 1 + start, 1000 * d + 1 + min(start + length, lengths[d])))
+        for d, start in zip(where.tolist(), starts.tolist(), strict=True)
+    ]
+    counts = np.asarray([len(piece) for piece in pieces])
+    lines = grain.MapDataset.source([line_of(piece, number) for number, piece in enumerate(pieces)])
+    ours = Packed(lines, lengths=counts, plan=plan(counts, length), seed=None)
+    assert [ours[row].columns[:, 0].tolist() for row in range(len(ours))] == packed["input_ids"][:]

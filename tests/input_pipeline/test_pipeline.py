@@ -104,6 +104,68 @@ def test_every_epoch_trains_every_row_once(tokenizer, rows, pack, shuffle):
     assert (seen[0] == seen[1]) is not shuffle
 
 
+@pytest.mark.parametrize("packing", ["bfd_split", "wrapped"])
+def test_documents_that_are_cut_are_trained_whole(tokenizer, rows, packing):
+    made = feed(section(rows, pack=True), tokenizer, packing=packing, max_length=20, epochs=1)
+    batches = list(made.batches)
+    stored = list(self_tokens(tokenizer, rows))
+    assert sum(int((batch["segments"] > 0).sum()) for batch in batches) == sum(map(len, stored))
+    # Every token but a document's first is predicted, also where it begins a row: by the last token of the row before.
+    assert sum(int(batch["weights"].sum()) for batch in batches) == sum(len(ids) - 1 for ids in stored)
+    pairs = {(a, b) for ids in stored for a, b in itertools.pairwise(ids.tolist())}
+    found = [zip(b["tokens"][b["weights"] > 0], b["targets"][b["weights"] > 0], strict=True) for b in batches]
+    assert {(int(a), int(b)) for batch in found for a, b in batch} == pairs
+    assert made.longest_document == 20
+
+
+def test_on_end_all_places_but_the_last_rows_are_filled(tokenizer, rows):
+    made = feed(section(rows, pack=True), tokenizer, packing="wrapped", max_length=16, rows_per_step=1, accumulation=1)
+    tokens = sum(map(len, self_tokens(tokenizer, rows)))
+    assert made.steps_per_epoch == -(-tokens // 16)
+    assert made.useful == pytest.approx(tokens / (made.steps_per_epoch * 16))
+
+
+def test_a_row_that_is_one_document_is_seen_from_end_to_end(tokenizer, rows):
+    made = feed(section(rows, pack=True, isolate_documents=False), tokenizer, max_length=256, epochs=1)
+    assert made.longest_document == 256
+    assert {int(batch["segments"].max()) for batch in made.batches} == {1}
+
+
+@pytest.mark.parametrize("packing", [None, "wrapped"])
+def test_a_stream_in_the_order_stored_is_the_same_as_the_rows_by_index(tokenizer, rows, packing):
+    options = {"shuffle_rows": False, "max_length": 64, "rows_per_step": 2, "accumulation": 1}
+    options |= {"packing": packing} if packing else {}
+    data = section(rows, pack=bool(packing))
+    stored = list(feed(data, tokenizer, epochs=1, **options).batches)
+    data["train"]["stream"] = True
+    counted = feed(data, tokenizer, epochs=1, **options)
+    assert counted.notices[0].startswith("data.train.stream without training.max_steps: all rows are read")
+    assert_same(list(counted.batches), stored)
+    streamed = feed(data, tokenizer, epochs=None, **options)
+    assert (streamed.steps, streamed.data) == (None, None)
+    assert_same(list(itertools.islice(streamed.batches, len(stored) - 1)), stored[:-1])  # then it begins again
+
+
+def test_a_validation_split_that_is_a_stream_is_gone_through_once_each_time(tokenizer, rows):
+    data = section(rows)
+    data["validation"]["stream"] = True
+    made = eval_feed(data, tokenizer, reading=Reading(max_length=64, seed=1), rows_per_step=4)
+    beginning = made.batches.get_state()
+    once = list(made.batches)
+    assert sum(int(batch["segments"].any(-1).sum()) for batch in once) == 11
+    assert made.counts.used == 11
+    made.batches.set_state(beginning)
+    assert_same(list(made.batches), once)
+    assert made.counts.used == 11
+
+
+def test_the_share_of_each_dataset_is_known(tokenizer, tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", [chat(n) for n in range(count)]) for name, count in (("a", 9), ("b", 3))]
+    data = section(paths[0])
+    data["train"]["datasets"] = [{"dataset_name": "text_sft", "dataset_path": str(path)} for path in paths]
+    assert feed(data, tokenizer).seen() == {str(paths[0]): 0.75, str(paths[1]): 0.25}
+
+
 def self_tokens(tokenizer, path):
     for line in path.read_text().splitlines():
         yield np.asarray(tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=False))
@@ -149,13 +211,14 @@ def test_the_rows_of_a_step_do_not_depend_on_accumulation(tokenizer, rows):
                 np.testing.assert_array_equal(flat, four[name].reshape(4, -1))
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("packing", [None, "bfd", "bfd_split", "wrapped"])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_after_any_step_a_new_run_goes_on_exactly(tokenizer, rows, pack, shuffle, prefetch):
+def test_after_any_step_a_new_run_goes_on_exactly(tokenizer, rows, packing, shuffle, prefetch):
     def fresh(accumulation=2):
         options = {"shuffle_rows": shuffle, "prefetch": prefetch, "accumulation": accumulation, "epochs": 3}
-        return feed(section(rows, pack=pack), tokenizer, **options).batches
+        options |= {"max_length": 48, "packing": packing} if packing else {}
+        return feed(section(rows, pack=bool(packing)), tokenizer, **options).batches
 
     straight, states = [], []
     batches = fresh()
