@@ -130,7 +130,7 @@ def _source(entry: Entry) -> dict[str, Any]:
     listed, kwargs = known(entry.dataset_name), entry.dataset_kwargs
     name, path = _place(entry, listed)
     if path or listed.rows:
-        check_keys(kwargs, others=(*_NAMES_PLACE, *(("dataset_size",) if listed.rows else ())))
+        check_keys(kwargs, others=(*_NAMES_PLACE, "dataset_size" if listed.rows else "sample_by"))
     elif ":" not in (name or ""):
         check_spelling(kwargs)
     return {
