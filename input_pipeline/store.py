@@ -57,6 +57,12 @@ class Counts(NamedTuple):
         first = {**self.first_bad, **later.first_bad, **self.first_bad}
         return Counts(**sums, bad_kinds={**self.bad_kinds, **kinds}, first_bad=first)
 
+    def table(self) -> dict[str, int]:
+        """All numbers by name, the bad rows' kinds among them."""
+        kinds = {f"bad: {BAD_KINDS[kind]}": number for kind, number in sorted(self.bad_kinds.items())}
+        numbers = {name: value for name, value in self._asdict().items() if name not in ("bad_kinds", "first_bad")}
+        return {**numbers, **kinds}
+
     def refused(self) -> str:
         """The bad rows by kind, most frequent first: "2 not JSON, 1 empty"."""
         ordered = sorted(self.bad_kinds.items(), key=lambda item: -item[1])

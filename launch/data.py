@@ -120,7 +120,7 @@ def described(feed: Feed) -> str:
         return "a stream, read as it comes"
     counts = feed.data.counts
     text = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
-    return text + _refused(counts) + _shares(feed)
+    return text + _refused(counts) + shares(feed)
 
 
 def used(feed: Feed) -> str | None:
@@ -128,7 +128,7 @@ def used(feed: Feed) -> str | None:
     if feed.data is not None:
         return None
     counts = feed.counts
-    return f"read {counts.read:,} rows, {counts.tokens:,} tokens" + _refused(counts) + _shares(feed)
+    return f"read {counts.read:,} rows, {counts.tokens:,} tokens" + _refused(counts) + shares(feed)
 
 
 def _refused(counts: Counts) -> str:
@@ -143,10 +143,10 @@ def _refused(counts: Counts) -> str:
     return "".join(f"; {number:,} {what}" for what, number in refused.items() if number)
 
 
-def _shares(feed: Feed) -> str:
+def shares(feed: Feed) -> str:
     """Of several datasets the share that each has in the rows."""
-    shares = feed.seen()
-    return "; " + ", ".join(f"{100 * share:.1f} % {name}" for name, share in shares.items()) if len(shares) > 1 else ""
+    seen = feed.seen()
+    return "; " + ", ".join(f"{100 * share:.1f} % {name}" for name, share in seen.items()) if len(seen) > 1 else ""
 
 
 def mean_length(counts: Counts, *, default: int) -> float:

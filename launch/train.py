@@ -25,6 +25,7 @@ from launch.data import (
     first_rows,
     mean_length,
     rows_per_step,
+    shares,
     steps_of,
     train_data,
     used,
@@ -364,11 +365,12 @@ def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample],
     return write_report(
         folder,
         title=derived.run_name(config) or f"{config.training.trainer_type} of {Path(config.model.model_name).name}",
-        subtitle=f"{total:,} parameters, {counts.used:,} rows, {counts.tokens:,} tokens in an epoch",
+        subtitle=f"{total:,} parameters, {counts.used:,} rows, {counts.tokens:,} tokens{'' if feed.data is None else ' in an epoch'}"
+        + shares(feed),
         config_text=dump(config),
         environment=describe_environment(),
         samples=samples,
-        counts={"train": counts._asdict()},
+        counts={"train": counts.table()},
         commands=(serve_command(folder, _adapter_of(config, model)), f"einkorn chat -m {folder}"),
     )
 
