@@ -362,11 +362,11 @@ def _examples(config: ConfigDict, feed: Feed, model: Model) -> str:
 def _report(config: ConfigDict, model: Model, feed: Feed, samples: list[Sample], folder: Path) -> Path:
     """The page that shows what the run did; reported beside the model."""
     total, counts = assemble.parameter_count(model).total, feed.counts
+    period = "read" if feed.data is None else "in an epoch"
     return write_report(
         folder,
         title=derived.run_name(config) or f"{config.training.trainer_type} of {Path(config.model.model_name).name}",
-        subtitle=f"{total:,} parameters, {counts.used:,} rows, {counts.tokens:,} tokens{'' if feed.data is None else ' in an epoch'}"
-        + shares(feed),
+        subtitle=f"{total:,} parameters, {counts.used:,} rows, {counts.tokens:,} tokens {period}{shares(feed)}",
         config_text=dump(config),
         environment=describe_environment(),
         samples=samples,

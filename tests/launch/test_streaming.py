@@ -34,6 +34,22 @@ training:
   trainer_type: "OUMI"
 """
 
+CHATS = """
+model:
+  model_name: {model}
+
+data:
+  train:
+    datasets:
+      - dataset_name: "text_sft"
+        dataset_path: "{rows}"
+        split: "train"
+    collator_name: "text_with_padding"
+
+training:
+  trainer_type: "TRL_SFT"
+"""
+
 
 def environment(devices: int, **more: str) -> dict[str, str]:
     """One device count for a run; nothing is fetched."""
@@ -107,6 +123,14 @@ def test_the_page_on_pretraining_trains_as_it_stands(files, tiny_chat_model, tmp
     (tmp_path / "page.yaml").write_text(PAGE.format(model=tiny_chat_model, corpus=files / "corpus"))
     said = finish(begin("-c", str(tmp_path / "page.yaml"), f"--training.output_dir={tmp_path}/out"))
     assert "all rows are read and tokenised first, to count the steps" in said
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_the_page_on_fine_tuning_trains_as_it_stands(conversations, tiny_chat_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
+    (tmp_path / "page.yaml").write_text(CHATS.format(model=tiny_chat_model, rows=tmp_path / "rows.jsonl"))
+    said = finish(begin("-c", str(tmp_path / "page.yaml"), f"--training.output_dir={tmp_path}/out"))
+    assert "18/18" in said
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
