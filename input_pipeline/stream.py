@@ -5,6 +5,7 @@ lanes that its part of the batch comes from. Line c of a step, counted lane by l
 c // A, so that neighbouring rows come from neighbouring lanes.
 """
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from input_pipeline.batches import Batch, Part, State, same_data
 from input_pipeline.collate import Line, bucket_length, collate
 from input_pipeline.lanes import Found, Lane, Place, Recipe
 from input_pipeline.store import too_many_bad
+
+log = logging.getLogger(__name__)
 
 _ENOUGH = 1000  # rows, before the share of bad ones is judged
 LANES = 16  # more would let more processes share the work, and make every start tokenise more rows
@@ -147,8 +150,13 @@ class StreamBatches:
     def _account(self, portions: Sequence[Portion], lines: Sequence[Line]) -> None:
         self.rows = tuple(place for line in lines for place in line.rows)
         self.seen.update(place.dataset for place in self.rows)
+        known = self.found
         for portion in portions:
             self.found = self.found.plus(portion.found)
+        for notice in sorted(self.found.notices - known.notices):
+            log.info(notice)
+        for kind in self.found.counts.first_bad.keys() - known.counts.first_bad.keys():
+            log.info("skipped a bad row, the first of its kind: %s", self.found.counts.first_bad[kind])
         if self.found.counts.read >= _ENOUGH:
             too_many_bad(self.found.counts, self._max_bad_fraction)
 

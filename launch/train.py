@@ -165,6 +165,11 @@ def schedule_of(config: ConfigDict, mesh: Mesh, feed: Feed) -> Schedule:
     training = config.training
     steps = steps_of(config, mesh).run or feed.steps
     assert steps is not None
+    by_epoch = {"logging_strategy: epoch": training.logging_strategy, "eval_strategy: epoch": training.eval_strategy}
+    by_epoch["save_epoch: true"] = "epoch" if training.save_epoch and training.save_steps <= 0 else "no"
+    for setting, strategy in by_epoch.items():
+        if strategy == "epoch" and feed.steps_per_epoch is None:
+            raise ValueError(f"training.{setting}: where an epoch of a stream ends is not known; count in steps")
 
     def every(strategy: str, count: int) -> Every:
         return Every(steps=count if strategy == "steps" else None, epoch=strategy == "epoch")

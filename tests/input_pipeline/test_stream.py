@@ -297,13 +297,15 @@ def test_a_bad_row_stops_the_run_and_is_named(tokenizer):
         take(made, 9)
 
 
-def test_bad_rows_are_skipped_counted_and_too_many_stop_the_run(tokenizer):
+def test_bad_rows_are_skipped_counted_and_too_many_stop_the_run(tokenizer, caplog):
+    caplog.set_level("INFO")
     rows = [bad(n) if n % 20 == 0 else row for n, row in enumerate(texts(2000, step=0))]
     made = recipe(tokenizer, stream("a", rows), skip=True)
     some = batches(made, max_bad_fraction=0.1)
     take(some, 100)
     assert some.found.counts.bad == pytest.approx(some.found.counts.read / 20, rel=0.2)
     assert some.found.counts.first_bad["type"].endswith("of a0: text must be a string, not 0")
+    assert caplog.text.count("skipped a bad row, the first of its kind: row") == 1
     with pytest.raises(ValueError, match=r"rows are bad, more than max_bad_row_fraction 0\.01"):
         take(batches(made, max_bad_fraction=0.01), 1000)
 

@@ -175,6 +175,12 @@ def test_workers_that_read_and_tokenise_change_nothing(files, straight):
     assert losses(output) == losses(straight)
 
 
+def test_what_is_due_by_epoch_is_refused_for_a_stream(files):
+    words = ["--training.save_steps=0", "--training.save_epoch=true", f"--training.output_dir={files}/epochs"]
+    said = finish(begin("-c", str(files / "stream.yaml"), *words), code=2)
+    assert "training.save_epoch: true: where an epoch of a stream ends is not known; count in steps" in said
+
+
 def test_a_stream_that_cannot_be_counted_needs_max_steps(files, tmp_path):
     words = ["--training.max_steps=-1", "--data.train.datasets", "[{dataset_name: allenai/c4}]"]
     said = finish(begin("-c", str(files / "stream.yaml"), *words), code=2)
