@@ -202,6 +202,27 @@ def test_a_head_that_is_not_trained_costs_no_product_in_the_backward_pass():
     assert (products(0), products((0, 1))) == (3, 4)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_add_up_over_microbatches_as_the_step_adds_them(trained):
+    hidden, head, _, targets, weights, matter = made(11, 4, 6)
+
+    def one(hidden, head, targets, weights, matter):
+        return (token_logprobs(hidden, head, targets, weights_BL=weights, chunk=8) * matter).sum()
+
+    def accumulated(scale, head):
+        def add(total, micro):
+            hidden, *rest = (x[None] for x in micro)
+            return total + jax.grad(lambda at, h: one(hidden * at, h, *rest), argnums=int(trained))(scale, head), None
+
+        start = jnp.zeros_like(head) if trained else jnp.zeros(())
+        return jax.lax.scan(add, start, (hidden, targets, weights, matter))[0]
+
+    expected = jax.grad(
+        lambda at, h: (plain(hidden * at, h, None, targets) * weights * matter).sum(), argnums=int(trained)
+    )(1.0, head)
+    np.testing.assert_allclose(jax.jit(accumulated)(1.0, head), expected, rtol=1e-4, atol=2e-5)
+
+
 def test_sums_and_means_of_rows_and_of_segments_by_hand():
     values = jnp.array([[1.0, 2.0, 4.0, jnp.nan], [8.0, 16.0, 32.0, 64.0]])
     weights = jnp.array([[1.0, 0.5, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
