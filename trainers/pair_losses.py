@@ -69,7 +69,7 @@ class Preference:
     @property
     def without_reference(self) -> bool:
         """Whether no log-probabilities of a reference are needed."""
-        return self.reference_free or (OF_POLICY | {"sft"}).issuperset(self.loss_type)
+        return self.reference_free or not OF_POLICY.isdisjoint(self.loss_type)
 
 
 # Losses on the difference of scores, d.
@@ -228,11 +228,12 @@ LOSSES: dict[str, Callable[[Pairs, Preference], jax.Array]] = {
     "orpo": orpo,
 }
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Those that any f-divergence goes with; that ε acts on; that know no reference; that take means and not sums of log π.
 OF_DIFFERENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
 SMOOTHED = frozenset({"robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"})
 OF_POLICY = frozenset({"cpo", "cpo_hinge", "cpo_ipo", "simpo", "orpo"})
 OF_MEANS = frozenset({"cpo_ipo", "simpo", "orpo"})
-MAY_BE_FREE = OF_DIFFERENCE | OF_POLICY | {"apo_zero", "apo_down"}
+MAY_BE_FREE = OF_DIFFERENCE | OF_POLICY | {"apo_zero", "apo_down"}  # the others are about the reference itself
 
 
 def log_ratios(pairs: Pairs) -> tuple[jax.Array, jax.Array]:

@@ -26,8 +26,13 @@ from trainers.pair_losses import (
 
 
 def preference_loss(pairs: Pairs, how: Preference) -> tuple[Sum, dict[str, Sum]]:
-    """The loss as a `Sum` over pairs, and what is logged beside it, under TRL's names (`preference_metrics`)."""
+    """The loss as a `Sum` over pairs, and what is logged beside it, under TRL's names (`preference_metrics`).
+
+    A reference is needed unless `how.without_reference`, and has no effect then.
+    """
     assert how.without_reference or pairs.reference is not None
+    if how.without_reference:
+        pairs = pairs._replace(reference=None)
     total_P = jnp.zeros_like(pairs.chosen_P)
     for name, weight in zip(how.loss_type, how.loss_weights or (1.0,) * len(how.loss_type), strict=True):
         total_P += weight * LOSSES[name](pairs, how)

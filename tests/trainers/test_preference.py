@@ -285,7 +285,9 @@ def test_without_a_reference_it_counts_as_zero(name):
     logps, reference, mask = made()
     pairs = pairs_of(logps, np.zeros_like(reference), mask)
     expected, wanted = preference_loss(pairs, Preference((name,), 0.1))
-    total, others = preference_loss(pairs._replace(reference=None), Preference((name,), 0.1, reference_free=True))
+    how = Preference((name,), 0.1, reference_free=True)
+    total, others = preference_loss(pairs._replace(reference=None), how)
+    assert float(preference_loss(pairs_of(logps, reference, mask), how)[0].total) == float(total.total)
     np.testing.assert_array_equal(total.total, expected.total)
     assert {name: float(x.total) for name, x in others.items()} == {name: float(x.total) for name, x in wanted.items()}
 
