@@ -179,12 +179,14 @@ def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tupl
     counted_T = weights_T
     if flavour.detached_weight:
         weights_T = weights_T * jnp.exp(-nll_T)
+    # A cap is computed once for the maximum and once more for the label, and rounded differently.
+    is_best_T = label_T >= 0 if cap is None else logits_TV.argmax(axis=-1) == targets_T
     log_z_T = lse_T + highest_T
     z_loss = (counted_T * flavour.z_loss * jnp.square(log_z_T)).sum()
     sums = TokenSums(
         loss=(weights_T * loss_T).sum() + z_loss,
         entropy=(counted_T * entropy_T).sum(),
-        correct=(counted_T * (label_T >= 0)).sum(),
+        correct=(counted_T * is_best_T).sum(),
         z_loss=z_loss,
     )
     of_lse_T = weights_T + counted_T * (2 * flavour.z_loss) * log_z_T  # d loss / d log Z, and d log Z / d logits = p

@@ -235,6 +235,9 @@ def test_a_bad_row_names_file_and_row_or_is_skipped_and_counted(files):
     assert "bad.jsonl" in done.stderr
     assert "3" in done.stderr
     done = einkorn(*words, "--data.train.on_bad_row", "skip")
+    assert done.returncode == 2
+    assert "1 of 7 rows are bad, more than max_bad_row_fraction 0.1" in done.stderr
+    done = einkorn(*words, "--data.train.on_bad_row", "skip", "--data.train.max_bad_row_fraction", "0.2")
     assert done.returncode == 0, done.stderr
     assert "6 of 7 rows" in done.stdout
 

@@ -137,3 +137,13 @@ def test_logits_of_ten_thousand_stay_finite():
 @pytest.mark.parametrize(("total", "count", "mean"), [(6.0, 3.0, 2.0), (0.0, 0.0, 0.0)])
 def test_a_sum_over_nothing_is_zero(total, count, mean):
     assert float(Sum(jnp.float32(total), jnp.float32(count)).mean()) == mean
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0, 30.0])
+def test_the_likeliest_target_counts_as_right_with_a_cap_too(softcap):
+    hidden = jax.random.normal(jax.random.key(0), (2, 64, 32))
+    head = 0.5 * jax.random.normal(jax.random.key(1), (500, 32))
+    targets = jnp.einsum("bld,vd->blv", hidden, head).argmax(axis=-1)
+    for offset, share in ((0, 1.0), (1, 0.0)):
+        _, metrics = cross_entropy(hidden, head, (targets + offset) % 500, jnp.ones((2, 64)), softcap=softcap)
+        assert metrics["mean_token_accuracy"].mean() == share
