@@ -119,7 +119,8 @@ def described(feed: Feed) -> str:
     if feed.data is None:
         return "a stream, read as it comes"
     counts = feed.data.counts
-    text = f"{counts.used:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
+    read = "" if counts.used == counts.read else f" of {counts.read:,}"
+    text = f"{counts.used:,}{read} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
     return text + _refused(counts) + shares(feed)
 
 
