@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from input_pipeline.examples import Example, RowError
+from input_pipeline.examples import Example
 from input_pipeline.known import Known, known
 from input_pipeline.meaning import KEYS, Meaning, Record, check_keys, check_spelling, meaning_of
 from input_pipeline.records import Shard
 from input_pipeline.shards import open_shards
-from input_pipeline.sources import Rows, open_rows, read
+from input_pipeline.sources import Rows, open_rows, read, stored
 
 LATER = {
     "vl_sft": "vision-language data",
@@ -89,15 +89,8 @@ def open_dataset(
     one with `skip_bad_rows`). `text_field` is the column of plain text rows, `trainer` the `training.trainer_type`,
     whose formats are looked for."""
     rows = open_rows(**_source(entry))
-
-    def records() -> Iterator[Record]:
-        for index in range(len(rows)):
-            try:
-                yield read(rows, index), functools.partial(rows.where, index)
-            except RowError as error:
-                yield error, functools.partial(rows.where, index)
-
-    return Dataset(rows, _meaning(entry, records(), skip_bad_rows, text_field, trainer))
+    records = ((stored(rows, index), functools.partial(rows.where, index)) for index in range(len(rows)))
+    return Dataset(rows, _meaning(entry, records, skip_bad_rows, text_field, trainer))
 
 
 def open_stream(

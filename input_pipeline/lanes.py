@@ -70,6 +70,11 @@ class Recipe:
     repeat: bool
     all_exhausted: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the streams are called."""
+        return tuple(stream.name for stream in self.streams)
+
     def name_of(self, place: Place) -> str:
         """Where a row comes from, such as "row 17 of data/train.jsonl"."""
         shard = self.streams[place.dataset].shards[place.shard]
@@ -121,15 +126,17 @@ class Lane:
         room = self._recipe.length
         while room:
             try:
-                tokens, place = self._unit()
+                row = self._unit()
             except StopIteration:
                 if pieces:
                     break
                 raise
-            stop = min(len(tokens.ids), self._offset + room)
-            pieces.append(line_of(shift(tokens.ids, tokens.trained, self._offset, stop), place))
-            room -= stop - self._offset
-            self._used, self._offset = (self._used + 1, 0) if stop == len(tokens.ids) else (self._used, stop)
+            piece = _line(row, self._offset, self._offset + room)
+            pieces.append(piece)
+            room -= len(piece.columns)
+            self._offset += len(piece.columns)
+            if self._offset == len(row[0].ids):
+                self._used, self._offset = self._used + 1, 0
         return join(pieces, isolate=self._recipe.isolate)
 
     def _unit(self) -> Any:
@@ -139,7 +146,7 @@ class Lane:
             fresh = self._units is not None
             barren += 1
             if barren > _MAX_BARREN:
-                names = ", ".join(stream.name for stream in self._recipe.streams)
+                names = ", ".join(self._recipe.names)
                 raise ValueError(f"no usable row in {barren * self._recipe.block:,} rows on end of {names}")
             if fresh:
                 self._start = {"block": self._start["block"] + 1, "cursors": list(self._cursors)}
@@ -171,16 +178,15 @@ class Lane:
         self._found = self._found.plus(Found(encoded.counts, encoded.notices))
         return [usable[i] for i in order]
 
-    def _draws(self, block: int) -> Iterator[int]:
+    def _draws(self, block: int) -> list[int]:
         """Which group each row of a block is drawn from."""
         recipe = self._recipe
         if not recipe.proportions:
-            yield from (0 for _ in range(recipe.block))
-            return
+            return [0] * recipe.block
         key = np.asarray([recipe.mix_seed % 2**64, block * recipe.lanes + self._lane], np.uint64)
         raw = np.random.Philox(key=key).random_raw(recipe.block)
         bounds = np.cumsum(recipe.proportions)[:-1]
-        yield from np.searchsorted(bounds, raw / 2.0**64, side="right").tolist()
+        return np.searchsorted(bounds, raw / 2.0**64, side="right").tolist()
 
     def _take(self, group: int) -> "_Read | None":
         """The next row of a group; None where the lane ends."""
@@ -238,26 +244,26 @@ def _read(recipe: Recipe, shards: Sequence[tuple[int, int]], lane: int, cursor: 
         if not recipe.repeat:
             return
         if barren > _MAX_BARREN:
-            names = ", ".join(stream.name for stream in recipe.streams)
-            raise ValueError(f"dataset {names} has 0 rows")
+            raise ValueError(f"dataset {', '.join(recipe.names)} has 0 rows")
         epoch, place, taken = epoch + 1, 0, [0] * len(taken)
 
 
 def _part(shard: Shard, part: int | None, count: int) -> Shard:
-    return shard if part is None or count == 1 else shard.part(part, count)
+    return shard if part is None else shard.part(part, count)
 
 
 def _units(rows: list[tuple[Tokens, Place]], recipe: Recipe, *, seed: int) -> list[Any]:
     """What a block's rows are used by: lines; documents when they are wrapped."""
     if recipe.packing == "wrapped":
         return rows
-    lines = [line_of(shift(tokens.ids, tokens.trained), place) for tokens, place in rows]
+    lines = [_line(row) for row in rows]
     if recipe.packing is None or not rows:
         return lines
     lengths = np.asarray([len(tokens.ids) for tokens, _ in rows])
     if recipe.packing == "bfd_split":
         documents, starts = cut(lengths, recipe.length)
-        lines = [_piece(rows[d], s, recipe.length) for d, s in zip(documents.tolist(), starts.tolist(), strict=True)]
+        pieces = zip(documents.tolist(), starts.tolist(), strict=True)
+        lines = [_line(rows[document], start, start + recipe.length) for document, start in pieces]
         lengths = np.asarray([len(line.columns) for line in lines])
     by_rank = np.argsort(-lengths, kind="stable")
     packed = plan(lengths, recipe.length)
@@ -266,6 +272,7 @@ def _units(rows: list[tuple[Tokens, Place]], recipe: Recipe, *, seed: int) -> li
     return [joined[i] for i in order]
 
 
-def _piece(row: tuple[Tokens, Place], start: int, length: int) -> Line:
+def _line(row: tuple[Tokens, Place], start: int = 0, stop: int | None = None) -> Line:
+    """Tokens `start` up to `stop`, or to the end, of a row."""
     tokens, place = row
-    return line_of(shift(tokens.ids, tokens.trained, start, min(start + length, len(tokens.ids))), place)
+    return line_of(shift(tokens.ids, tokens.trained, start, stop), place)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from input_pipeline.examples import RowError
 from input_pipeline.files import File, opened, size
 from input_pipeline.jsonl import parse_line
-from input_pipeline.records import Position, Record
+from input_pipeline.records import Position, Record, falls_to
 
 SAMPLES = ("line", "paragraph", "document")  # what is a row of a text file
 _BLOCK = 1 << 20
@@ -52,7 +52,7 @@ class Lines:
             byte, line, row = (position["byte"], position["line"], position["row"]) if position else (start, 0, 0)
             _skip(file, byte) if self.file.codec else file.seek(byte)
             for record in self._rows(file, byte, line, row, stop):
-                if not self.file.codec or record.next["row"] % self.count == (self.index + 1) % self.count:
+                if not self.file.codec or falls_to(record.next["row"], index=self.index, count=self.count):
                     yield record
 
     def _rows(self, file: BinaryIO, byte: int, line: int, row: int, stop: int | None) -> Iterator[Record]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xxhash
@@ -14,10 +14,21 @@ import xxhash
 from input_pipeline.catalog import Dataset, Entry, Meaning, Stream, open_dataset, open_stream
 from input_pipeline.chat import LossMask
 from input_pipeline.mixing import choose_rows, mix, shares
-from input_pipeline.store import Chunk, Counts, Encoder, Row, Tokenizing, TokenStore, tokenize_rows, too_many_bad
+from input_pipeline.store import (
+    Chunk,
+    Counts,
+    Encoder,
+    Row,
+    Tokenizing,
+    TokenStore,
+    joined,
+    tokenize_rows,
+    too_many_bad,
+)
 from input_pipeline.template import Template
 
 Turns = Literal["all", "assistant", "final"]
+Opened = TypeVar("Opened", Dataset, Stream)
 
 COMPLETIONS = "text_completions_only_with_padding"
 _TURNS: dict[str, Turns] = {"ALL_ASSISTANT_TURNS": "assistant", "FINAL_ASSISTANT_TURN": "final"}
@@ -95,11 +106,7 @@ class Streams:
 def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Data:
     """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
     entries = _entries(split, what)
-    skip = _skips(split, what)
-    datasets = tuple(
-        open_dataset(entry, skip_bad_rows=skip, text_field=reading.text_field, trainer=reading.trainer)
-        for entry in entries
-    )
+    datasets = _opened(open_dataset, entries, split, reading=reading, what=what)
     encoder = _encoder([dataset.meaning for dataset in datasets], split, tokenizer, reading=reading, what=what)
     picks = _pick(
         entries,
@@ -137,7 +144,7 @@ def preview(
     ]
     encoded = opened.encoder([Row(r.row, d, functools.partial(s.where, r.number)) for d, s, r in records])
     chunk = Chunk.of(encoded, np.asarray([(d, i) for i, (d, _, _) in enumerate(records)], np.int64))
-    store = TokenStore(chunk.ids, chunk.trained, np.concatenate([[0], np.cumsum(chunk.lengths)]), chunk.sources)
+    store, counts, notices = joined([chunk])
     if not len(store):
         raise ValueError(f"{what} dataset: none of the first {len(records)} rows is usable")
     allowed = reading.max_length or int(store.lengths.max())
@@ -146,17 +153,14 @@ def preview(
         return records[record][1].where(records[record][2].number)
 
     names = tuple(stream.name for stream in opened.streams)
-    return Data(store=store, counts=chunk.counts, where=where, names=names, max_length=allowed, notices=opened.notices)
+    remarks = (*opened.notices, *notices)
+    return Data(store=store, counts=counts, where=where, names=names, max_length=allowed, notices=remarks)
 
 
 def read_streams(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Streams:
     """Open the streams of a split; their first rows are read, to know their format."""
     entries = _entries(split, what)
-    skip = _skips(split, what)
-    streams = tuple(
-        open_stream(entry, skip_bad_rows=skip, text_field=reading.text_field, trainer=reading.trainer)
-        for entry in entries
-    )
+    streams = _opened(open_stream, entries, split, reading=reading, what=what)
     proportions = shares([entry.mixture_proportion for entry in entries])
     return Streams(
         streams=streams,
@@ -180,6 +184,16 @@ def _entries(split: Mapping[str, Any], what: str) -> list[Entry]:
     if not entries:
         raise ValueError(f"data.{what}.datasets is empty; name at least one dataset")
     return entries
+
+
+def _opened(
+    opener: Callable[..., Opened], entries: Sequence[Entry], split: Mapping[str, Any], *, reading: Reading, what: str
+) -> tuple[Opened, ...]:
+    """What `opener`, of rows by index or of streams, makes of each entry."""
+    skip = _skips(split, what)
+    return tuple(
+        opener(entry, skip_bad_rows=skip, text_field=reading.text_field, trainer=reading.trainer) for entry in entries
+    )
 
 
 def _skips(split: Mapping[str, Any], what: str) -> bool:

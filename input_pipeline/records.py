@@ -30,3 +30,8 @@ class Shard(Protocol):
 
     def part(self, index: int, count: int) -> "Shard":
         """One of `count` parts of about the same size that together are this shard."""
+
+
+def falls_to(number: int, *, index: int, count: int) -> bool:
+    """Whether row `number`, from 1, belongs to part `index` of `count` where each part has every `count`-th row."""
+    return (number - 1) % count == index

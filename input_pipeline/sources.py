@@ -232,6 +232,14 @@ def shard_of(file: File, *, sample_by: str = "paragraph") -> Shard:
     return Numbered(file)
 
 
+def stored(rows: Rows, index: int) -> Any:
+    """One row as stored, or the RowError of reading it."""
+    try:
+        return read(rows, index)
+    except RowError as error:
+        return error
+
+
 def read(rows: Rows, index: int) -> Any:
     """One row as stored; RowError names the file and the row."""
     try:

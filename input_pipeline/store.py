@@ -24,7 +24,7 @@ from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
 from input_pipeline.encode import Tokens, encode, words_of
 from input_pipeline.examples import BAD_KINDS, Chat, Example, RowError
-from input_pipeline.sources import read
+from input_pipeline.sources import stored
 from input_pipeline.template import Template
 from input_pipeline.words import Words
 
@@ -301,11 +301,7 @@ class Tokenizing:
 
     def _row(self, dataset: int, row: int) -> Row:
         rows = self.datasets[dataset].rows
-        try:
-            stored = read(rows, row)
-        except RowError as error:
-            stored = error
-        return Row(stored, dataset, functools.partial(rows.where, row))
+        return Row(stored(rows, row), dataset, functools.partial(rows.where, row))
 
     def where(self, dataset: int, row: int) -> str:
         """What names a row of a dataset."""
@@ -340,10 +336,10 @@ def tokenize_rows(
     pieces = [picks[i : i + _CHUNK] for i in range(0, len(picks), _CHUNK)]
     chunks = _told(_run(tokenizing, pieces, _number_of_workers(workers, len(picks))), progress)
     if cache is None:
-        return _joined(list(chunks))
+        return joined(list(chunks))
     first = list(_up_to(chunks, _KEPT_FROM))
     if sum(len(chunk.ids) for chunk in first) < _KEPT_FROM:
-        return _joined(first)
+        return joined(first)
     ids = max(tokenizing.encoder.template.tokenizer.get_vocab().values())
     return _found(_written(itertools.chain(first, chunks), cache, key, np.uint16 if ids < 2**16 else np.uint32))
 
@@ -364,8 +360,8 @@ def _up_to(chunks: Iterator[Chunk], tokens: int) -> Iterator[Chunk]:
             return
 
 
-def _joined(chunks: list[Chunk]) -> tuple[TokenStore, Counts, tuple[str, ...]]:
-    """Chunks on end in memory."""
+def joined(chunks: list[Chunk]) -> tuple[TokenStore, Counts, tuple[str, ...]]:
+    """Chunks on end in memory: the store, what became of the rows, and remarks for the log."""
     empty = Chunk.of(Encoded([], Counts(), frozenset()), np.empty((0, 2), np.int64))
     ids, trained, lengths, sources = (np.concatenate([empty[i], *(c[i] for c in chunks)]) for i in range(4))
     counts = functools.reduce(Counts.plus, (c.counts for c in chunks), Counts())

@@ -64,7 +64,7 @@ class StreamBatches:
         if part.count < part.rows and recipe.packing is None:
             raise ValueError("only packed rows, which are all of one length, can be read in parts")
         self.part = part
-        self.names = tuple(stream.name for stream in recipe.streams)
+        self.names = recipe.names
         self._recipe = recipe
         self._accumulation = accumulation
         self._each = rows_per_step // recipe.lanes  # lines of a lane in a step

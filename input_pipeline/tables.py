@@ -10,7 +10,7 @@ from typing import Any
 from input_pipeline.examples import RowError, show
 from input_pipeline.files import File, opened, size
 from input_pipeline.functions import named_function
-from input_pipeline.records import Position, Record
+from input_pipeline.records import Position, Record, falls_to
 
 _ROWS = 256  # read at once
 
@@ -109,7 +109,7 @@ class Streamed:
             rows.load_state_dict(position["state"])
         for row in rows:
             number += 1
-            if number % self.count == (self.index + 1) % self.count:
+            if falls_to(number, index=self.index, count=self.count):
                 yield Record(row, number, {"row": number, "state": rows.state_dict()})
 
 
@@ -137,7 +137,7 @@ class Called:
         if not isinstance(rows, Iterable):
             raise ValueError(f"dataset_name {self.name!r} must return rows, not {show(rows)}")
         for number, row in enumerate(rows, 1):
-            if number > done and number % self.count == (self.index + 1) % self.count:
+            if number > done and falls_to(number, index=self.index, count=self.count):
                 yield Record(row, number, {"row": number})
 
 

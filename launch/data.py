@@ -1,7 +1,6 @@
 """The data of a run from its configuration: batches to train and to evaluate on, and what there is to say of them."""
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,4 +151,4 @@ def shares(feed: Feed) -> str:
 
 def mean_length(counts: Counts, *, default: int) -> float:
     """Tokens of a row on average; `default` where none was read yet."""
-    return counts.tokens / counts.used if counts.used else math.ceil(default)
+    return counts.tokens / counts.used if counts.used else float(default)
