@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import accepted, methods
 from configs.key import Items, Key, Same, Table, defaults, later, without_effect
 
-TRAINERS_LATER = ("TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO", "TRL_GKD", "TRL_GOLD")
+TRAINERS_LATER = ("TRL_GRPO", "VERL_GRPO", "TRL_GKD", "TRL_GOLD")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "uint8")
 DTYPE_NAMES = {
     **dict.fromkeys(("f32", "float"), "float32"),
@@ -30,7 +30,7 @@ ATTENTION_NAMES = {
     **dict.fromkeys(("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"), "auto"),
     **dict.fromkeys(("eager",), "xla"),
 }
-COLLATORS_LATER = ("vision_language_with_padding", "vision_language_sft", "dpo_with_padding")
+COLLATORS_LATER = ("vision_language_with_padding", "vision_language_sft")
 OPTIMIZERS = (
     *("adamw_torch", "adamw", "adam", "sgd", "adafactor", "lion"),
     *("adamw_torch_fused", "adamw_torch_xla", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit"),
@@ -91,8 +91,8 @@ SPLIT: Table = {
     "datasets": Items(DATASET),
     "collator_name": Key(
         None,
-        ("text_with_padding", "text_completions_only_with_padding", *COLLATORS_LATER),
-        "which tokens are trained: all (also null), or completions only",
+        ("text_with_padding", "text_completions_only_with_padding", "dpo_with_padding", *COLLATORS_LATER),
+        "which tokens are trained: all (also null), or completions only; dpo_with_padding: answers, as TRL_DPO has it",
         later=COLLATORS_LATER,
     ),
     "collator_kwargs": Key({}, dict, "options of the collator, such as response_template"),
@@ -127,10 +127,18 @@ TRAINER_KWARGS: Table = {
     "assistant_only_loss": Key(False, bool, "conversations: train the assistant's turns only"),
     "dataset_text_field": Key("text", str, "column of plain text rows"),
     "train_sampling_strategy": Key(
-        "random", ("random", "sequential", "group_by_length"), "order of an epoch's rows", later=("group_by_length",)
+        None,
+        ("random", "sequential", "group_by_length"),
+        "order of an epoch's rows; null: random, for TRL_KTO sequential",
+        later=("group_by_length",),
     ),
     "dataloader_drop_last": Key(False, bool, "leave out an epoch's last batch if it is not full"),
-    "loss_type": Key("nll", ("nll", "dft"), "-log p, or -p log p with p held fixed", read_as={"chunked_nll": "nll"}),
+    "loss_type": Key(
+        None,
+        list,
+        "SFT: nll (-log p) or dft (-p log p with p held fixed). DPO: one or several. null: nll, sigmoid, kto",
+        words=(*methods.SFT_LOSSES, *methods.DPO_LOSSES, *methods.KTO_LOSSES),
+    ),
     "label_smoothing_factor": Key(0.0, float, "share of the loss spread over all tokens", low=0, below=1),
     "packing_strategy": Key(
         None,
@@ -163,14 +171,16 @@ TRAINER_KWARGS: Table = {
     "save_only_model": later(False, bool, "checkpoints that cannot be resumed"),
     "push_to_hub": later(False, bool, "upload the result"),
     "ignore_data_skip": later(False, bool, "resume with the first row again"),
+    **methods.TRAINER_KWARGS,
     **accepted.TRAINER_KWARGS,
 }
 
 TRAINING: Table = {
     "trainer_type": Key(
         "HF",
-        ("HF", "TRL_SFT", "OUMI", *TRAINERS_LATER),
-        "the method; HF and TRL_SFT: supervised fine-tuning, OUMI: pretraining, with perplexity",
+        ("HF", "TRL_SFT", "OUMI", "TRL_DPO", "TRL_KTO", *TRAINERS_LATER),
+        "the method; HF and TRL_SFT: supervised fine-tuning, OUMI: pretraining, with perplexity, TRL_DPO and TRL_KTO: "
+        "learning from preferences",
         later=TRAINERS_LATER,
     ),
     "output_dir": Key("output", str, "folder of everything a run leaves"),

@@ -60,6 +60,30 @@ def packing(config: Any) -> str:
     return config.training.trainer_kwargs.packing_strategy or default
 
 
+def loss_types(config: Any) -> tuple[str, ...]:
+    """`trainer_kwargs.loss_type` as a tuple, the method's own where it is not set."""
+    asked, method = config.training.trainer_kwargs.loss_type, config.training.trainer_type
+    if asked is None:
+        return {"TRL_DPO": ("sigmoid",), "TRL_KTO": ("kto",)}.get(method, ("nll",))
+    names = (asked,) if isinstance(asked, str) else tuple(asked)
+    return tuple({"chunked_nll": "nll"}.get(name, name) for name in names)
+
+
+def loss_weights(config: Any) -> tuple[float, ...] | None:
+    """`trainer_kwargs.loss_weights` as numbers; ValueError where one is none."""
+    weights = config.training.trainer_kwargs.loss_weights
+    try:
+        return None if weights is None else tuple(map(float, weights))
+    except ValueError:
+        raise ValueError(f"training.trainer_kwargs.loss_weights is {list(weights)}; allowed: numbers") from None
+
+
+def shuffles(config: Any) -> bool:
+    """Whether an epoch's rows come in an order of their own; KTO's stay beside those that it compares them with."""
+    order = config.training.trainer_kwargs.train_sampling_strategy
+    return order != "sequential" if order else config.training.trainer_type != "TRL_KTO"
+
+
 def workers(config: Any, *, cores: int) -> int:
     """Processes that read and tokenise a stream; 0: a thread."""
     asked = config.training.dataloader_num_workers

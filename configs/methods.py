@@ -1,4 +1,4 @@
-"""Sections that belong to single methods: LoRA (peft), GRPO, and the two distillations.
+"""Keys that belong to single methods: LoRA (peft), preference learning, GRPO, and the two distillations.
 
 Set under another `training.trainer_type`, these keys are listed in the log as without effect.
 """
@@ -6,6 +6,64 @@ Set under another `training.trainer_type`, these keys are listed in the log as w
 from configs.key import Key, Table, belongs_to, later, no_effect
 
 GRPO = ("TRL_GRPO", "VERL_GRPO")
+PREFERENCE = ("TRL_DPO", "TRL_KTO")
+
+# What `trainer_kwargs.loss_type` may be; the first is the default.
+SFT_LOSSES = ("nll", "chunked_nll", "dft")
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    *("cpo", "cpo_hinge", "cpo_ipo", "simpo", "orpo"),
+)
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+
+# Of `trainer_kwargs`, what DPOConfig and KTOConfig know.
+PREFERENCE_KWARGS: Table = {
+    "beta": Key(0.1, float, "how strongly the reference holds: a reward is beta log(policy / reference)", above=0),
+    "precompute_ref_log_probs": Key(
+        False, bool, "compute the reference's log-probabilities once, before training, and keep them in token_cache_dir"
+    ),
+    "precompute_ref_batch_size": Key(None, int, "rows on each device then; null: as for training", low=1),
+    "sync_ref_model": Key(False, bool, "move the reference after the policy every ref_model_sync_steps steps"),
+    "ref_model_mixup_alpha": Key(0.6, float, "the policy's share when it moves (arXiv:2404.09656)", above=0, high=1),
+    "ref_model_sync_steps": Key(512, int, "steps from one move of the reference to the next", low=1),
+    "disable_dropout": Key(True, bool, "no dropout in a LoRA adapter either"),
+    "answer_tokens": Key(
+        "trl",
+        ("trl", "oumi"),
+        "ours: where an answer begins, where the prompt with its generation prompt ends (trl), or at the assistant's "
+        "header, with an end-of-sequence token after it in any case (oumi)",
+    ),
+    "shared_prompt": Key(
+        None, bool, "ours: compute a prompt once for all its answers; null: where model and attention allow it"
+    ),
+}
+
+DPO_KWARGS: Table = {
+    "loss_weights": Key(None, list, "of each of several loss types; null: 1"),
+    "label_smoothing": Key(0.0, float, "share of pairs whose label is taken to be wrong", low=0, high=1),
+    "f_divergence_type": Key(
+        "reverse_kl",
+        ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+        "the divergence from the reference (arXiv:2309.16240)",
+    ),
+    "f_alpha_divergence_coef": Key(0.5, float, "alpha of alpha_divergence"),
+    "discopop_tau": Key(0.05, float, "temperature of discopop", above=0),
+    "ld_alpha": Key(
+        None, float, "weight of what makes an answer longer than the other (arXiv:2409.06411)", low=0, high=1
+    ),
+    "use_weighting": Key(False, bool, "weigh pairs by how likely the policy is to say them (arXiv:2406.11827)"),
+    "rpo_alpha": Key(None, float, "adds this much of the chosen answers' -log p (arXiv:2404.19733)", low=0),
+    "reference_free": Key(False, bool, "a reference that finds everything equally likely"),
+    "cpo_alpha": Key(1.0, float, "of cpo and simpo: adds this much of the chosen answers' -log p", low=0),
+    "simpo_gamma": Key(0.5, float, "the margin of simpo"),
+    "alpha": Key(0.0, float, "shape of AlphaPO's rewards (arXiv:2501.03884); 0: log-probabilities", low=0),
+}
+
+KTO_KWARGS: Table = {
+    "desirable_weight": Key(1.0, float, "of wanted answers in the loss", low=0),
+    "undesirable_weight": Key(1.0, float, "of unwanted answers in the loss", low=0),
+}
 
 GRPO_PARAMS: Table = {
     "model_init_kwargs": Key({}, dict, "say model.model_kwargs"),
@@ -106,6 +164,12 @@ PEFT: Table = {
     "use_bnb_nested_quant": no_effect(False, bool, "quantise the scales too: they stay float32"),
     "bnb_4bit_quant_storage": no_effect("uint8", str, "dtype that holds them: arrays of four bits do"),
     "bnb_4bit_compute_dtype": no_effect("float32", str, "dtype they are computed in: training's own"),
+}
+
+TRAINER_KWARGS: Table = {
+    **belongs_to(PREFERENCE, PREFERENCE_KWARGS),
+    **belongs_to(("TRL_DPO",), DPO_KWARGS),
+    **belongs_to(("TRL_KTO",), KTO_KWARGS),
 }
 
 TRAINING: Table = {

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from configs.default import DATASET, SCHEMA
-from configs.derived import AXES, max_length, run_name
+from configs.derived import AXES, loss_types, max_length, run_name
 from configs.key import LATER, NO_EFFECT, Key, settings
-from configs.methods import GRPO
+from configs.methods import DPO_LOSSES, GRPO, KTO_LOSSES, PREFERENCE, SFT_LOSSES
 from configs.yaml_text import written
 
 SPLITS = ("train", "validation", "test")
@@ -142,9 +142,41 @@ def _length_to_pack(config: Any) -> Lines:
             yield f"data.{split}.pack", "needs a length; set model.model_max_length"
 
 
+def _losses(config: Any) -> Lines:
+    method, names = config.training.trainer_type, loss_types(config)
+    path = "training.trainer_kwargs.loss_type"
+    allowed = {"TRL_DPO": DPO_LOSSES, "TRL_KTO": KTO_LOSSES}.get(method, SFT_LOSSES)
+    if unknown := [name for name in names if name not in allowed]:
+        yield path, f"got {', '.join(unknown)}; allowed with trainer_type {method}: {', '.join(allowed)}"
+    elif len(names) != 1 and method != "TRL_DPO":
+        yield path, f"got {len(names)} of them; allowed with trainer_type {method}: one"
+
+
 def _smoothing(config: Any) -> Lines:
-    if config.training.trainer_kwargs.label_smoothing_factor and config.training.trainer_kwargs.loss_type == "dft":
+    if config.training.trainer_kwargs.label_smoothing_factor and loss_types(config) == ("dft",):
         yield "training.trainer_kwargs.label_smoothing_factor", "is for loss_type nll, not dft"
+
+
+def _answers(config: Any) -> Lines:
+    """What learning from preferences does not do, and what only it does."""
+    method = config.training.trainer_type
+    for split in ("train", "validation"):
+        part = config.data[split]
+        if method not in PREFERENCE:
+            if part.collator_name == "dpo_with_padding":
+                yield (
+                    f"data.{split}.collator_name",
+                    f"dpo_with_padding needs training.trainer_type TRL_DPO, not {method}",
+                )
+            continue
+        if part.collator_name == COMPLETIONS:
+            yield f"data.{split}.collator_name", f"{method} always trains answers; say dpo_with_padding, or nothing"
+        for name in ("pack", "stream"):
+            if part[name]:
+                yield f"data.{split}.{name}", f"not implemented yet with training.trainer_type {method}"
+    kwargs = config.training.trainer_kwargs
+    if method in PREFERENCE and kwargs.precompute_ref_log_probs and kwargs.sync_ref_model:
+        yield "training.trainer_kwargs.precompute_ref_log_probs", "sync_ref_model changes the reference; choose one"
 
 
 def _rewards(config: Any) -> Lines:
@@ -193,7 +225,9 @@ RULES = (
     Rule(("data.train.collator_name", "data.train.train_target", "data.train.collator_kwargs"), _what_to_train),
     Rule((), _dataset_kwargs),
     Rule(("model.model_max_length", "training.trainer_kwargs.max_length"), _length_to_pack),
+    Rule(("training.trainer_kwargs.loss_type", "training.trainer_type"), _losses),
     Rule(("training.trainer_kwargs.loss_type", "training.trainer_kwargs.label_smoothing_factor"), _smoothing),
+    Rule(("training.trainer_type", "data.train.collator_name", "data.validation.collator_name"), _answers),
     Rule(("training.reward_functions", "training.trainer_type"), _rewards),
     Rule(("training.use_peft", "model.freeze_layers", "model.load_pretrained_weights"), _pretrained_base),
     Rule(("peft.q_lora_bits",), _bits),

@@ -197,7 +197,7 @@ def _map(file: Path, array: Mapping[str, Any], thorough: bool) -> np.ndarray:
     if size != array["bytes"]:
         raise ValueError(f"{file.name} has {size:,} bytes of {array['bytes']:,}")
     dtype = np.dtype(array["dtype"])
-    if dtype.kind not in "biu":
+    if dtype.kind not in "biuf":
         raise ValueError(f"{file.name} is of type {dtype}")
     mapped: np.ndarray = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)  # nothing cannot be mapped
     if thorough and xxhash.xxh3_128(mapped.data).hexdigest() != array["xxh3_128"]:

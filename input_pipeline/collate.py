@@ -2,7 +2,8 @@
 
 # A accumulation steps, B rows of a microbatch over all processes, L tokens of a row, n tokens of a line
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +13,14 @@ BUCKET = 64  # the shortest padded row
 
 class Line(NamedTuple):
     """A row of a batch before padding, of one document or several: `columns` int32 [n, 3] of token, target, weight
-    (0 or 1), `segments` and `positions` int32 [n]; and which rows it was made of, as `name_of` of the
-    batches knows them."""
+    (0 or 1), `segments` and `positions` int32 [n]; which rows it was made of, as `name_of` of the
+    batches knows them; and `more` arrays [n] by name, which every line of a batch has."""
 
     columns: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
     rows: tuple[Any, ...]
+    more: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def shift(ids: np.ndarray, trained: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -58,19 +60,25 @@ def collate(lines: Sequence[Line], *, accumulation: int, rows: int, length: int)
     """A batch of arrays [A, B, L] from up to A * B lines, the first B of them in the first microbatch; the rest stays
     empty.
 
-    Returns tokens, targets, segments, positions (int32) and weights (float32), all 0 where there is no token.
+    Returns tokens, targets, segments, positions (int32) and weights (float32), and what `more` the lines have, all 0
+    where there is no token.
     """
     columns_RL3 = np.zeros((accumulation * rows, length, 3), np.int32)
     segments_RL, positions_RL = np.zeros(columns_RL3.shape[:2], np.int32), np.zeros(columns_RL3.shape[:2], np.int32)
-    for r, (columns, segments, positions, _) in enumerate(lines):
-        columns_RL3[r, : len(columns)] = columns
-        segments_RL[r, : len(columns)] = segments
-        positions_RL[r, : len(columns)] = positions
+    more = {name: np.zeros(segments_RL.shape, array.dtype) for name, array in lines[0].more.items()}
+    for r, line in enumerate(lines):
+        length = len(line.columns)
+        columns_RL3[r, :length] = line.columns
+        segments_RL[r, :length] = line.segments
+        positions_RL[r, :length] = line.positions
+        for name, array in line.more.items():
+            more[name][r, :length] = array
     arrays = {
         "tokens": np.ascontiguousarray(columns_RL3[..., 0]),
         "targets": np.ascontiguousarray(columns_RL3[..., 1]),
         "weights": columns_RL3[..., 2].astype(np.float32),
         "segments": segments_RL,
         "positions": positions_RL,
+        **more,
     }
-    return {name: array.reshape(accumulation, rows, length) for name, array in arrays.items()}
+    return {name: array.reshape(accumulation, rows, -1) for name, array in arrays.items()}

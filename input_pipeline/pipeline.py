@@ -1,9 +1,9 @@
 """From the data section of a configuration to batches: rows → examples → tokens → packed or padded rows → [A, B, L]."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -14,10 +14,12 @@ from input_pipeline.collate import Line, bucket_length, collate, line_of, shift
 from input_pipeline.lanes import Recipe
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.packing import Packed, Wrapped, cut, plan
+from input_pipeline.pairs import Answered, Laid
 from input_pipeline.reading import Data, Reading, Streams, packing_of, read_data, read_streams
 from input_pipeline.store import Counts, TokenStore
 from input_pipeline.stream import StreamBatches, lanes_for
 
+LayOut = Callable[[Data, int], Laid]  # how rows that are answers are laid out, so many of them in a microbatch
 _SMALLEST_BLOCK = {None: 16, "wrapped": 16, "bfd": 256, "bfd_split": 256}  # rows; best fit needs a choice
 
 
@@ -66,12 +68,14 @@ def train_feed(
     prefetch: int = 2,
     part: Part | None = None,
     workers: int = 0,
+    lay_out: LayOut | None = None,
 ) -> Feed:
     """Batches [A, B, L] of `data.train` for all processes, A = `accumulation`, A * B = `rows_per_step`.
 
     Every epoch holds each row once, in an order drawn from (`reading.seed`, epoch), or as stored without
     `shuffle_rows`. `epochs` may be a fraction; None goes on for ever. `drop_last` leaves out an epoch's last microbatch
-    if it is not full. `prefetch`: batches made ready ahead, in a thread.
+    if it is not full. `prefetch`: batches made ready ahead, in a thread. Rows that are answers to a prompt need
+    `lay_out`, which is asked once they are read.
 
     With `data.train.stream` rows are read as they come, `part` says which rows of a microbatch this process is given
     (None: all), and so many `workers` read them. How many steps their epochs have is not known: where `epochs` asks for
@@ -104,11 +108,18 @@ def train_feed(
         drop_last=drop_last,
         prefetch=prefetch,
         notices=notices,
+        lay_out=lay_out,
     )
 
 
 def eval_feed(
-    data: Mapping[str, Any], tokenizer: Any, *, reading: Reading, rows_per_step: int, prefetch: int = 0
+    data: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    reading: Reading,
+    rows_per_step: int,
+    prefetch: int = 0,
+    lay_out: LayOut | None = None,
 ) -> Feed:
     """Batches [1, B, L] of `data.validation`, once through, in the order stored; what is trained is settled as for
     `data.train`.
@@ -140,6 +151,23 @@ def eval_feed(
         seed=None,
         drop_last=False,
         prefetch=prefetch,
+        lay_out=lay_out,
+    )
+
+
+def once_through(data: Data, lay_out: LayOut, *, rows_per_step: int) -> Feed:
+    """Batches [1, B, L] of rows that are answers to a prompt, read already, in the order stored."""
+    return _feed(
+        data,
+        packing=None,
+        isolate=True,
+        rows_per_step=rows_per_step,
+        accumulation=1,
+        epochs=1,
+        seed=None,
+        drop_last=False,
+        prefetch=0,
+        lay_out=lay_out,
     )
 
 
@@ -232,19 +260,21 @@ def _feed(
     drop_last: bool,
     prefetch: int,
     notices: tuple[str, ...] = (),
+    lay_out: LayOut | None = None,
 ) -> Feed:
     if rows_per_step % accumulation:
         raise ValueError(
             f"{rows_per_step} rows a step cannot be split into {accumulation} microbatches of the same size"
         )
     microbatch = rows_per_step // accumulation
-    lengths = data.store.lengths
-    lines = _lines(data, packing, seed=seed, isolate=isolate)
-    keep = len(lines) // microbatch * microbatch if drop_last else len(lines)
+    made = _answers(data, lay_out, microbatch) if lay_out else _lines(data, packing, seed=seed, isolate=isolate)
+    keep = len(made.lines) // microbatch * microbatch if drop_last else len(made.lines)
     if not keep:
-        raise ValueError(f"dataloader_drop_last leaves nothing of {len(lines)} rows: a microbatch has {microbatch}")
-    lines = EpochOrder(lines, seed=seed, keep=keep)
-    stack = _Stack(accumulation, microbatch, data.max_length, fixed=packing is not None)
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing of {len(made.lines)} rows: a microbatch has {microbatch}"
+        )
+    lines = EpochOrder(made.lines, seed=seed, keep=keep)
+    stack = _Stack(accumulation, microbatch, made.longest, fixed=packing is not None)
     steps_of_epoch = lines.batch(rows_per_step, batch_fn=list).map(stack)
     steps = None if epochs is None else math.ceil(epochs * len(steps_of_epoch))
     every_step = steps_of_epoch.repeat(None if epochs is None else math.ceil(epochs))[:steps]
@@ -259,38 +289,54 @@ def _feed(
         "row_length": data.max_length,
         "seed": seed,
     }
-    longest, useful = _usage(lengths, keep, stack, rows_per_step, seed)
+    longest, useful = _usage(made.lengths, keep, stack, rows_per_step, seed)
     return Feed(
         batches=Batches(batches, fingerprint=fingerprint, name_of=data.name_of),
         steps=steps,
         steps_per_epoch=len(steps_of_epoch),
         data=data,
         longest=longest,
-        longest_document=_longest_document(lengths, data.max_length, packing, isolate),
+        longest_document=made.longest_document,
         useful=useful,
         notices=(*notices, *data.notices),
     )
 
 
-def _lines(data: Data, packing: str | None, *, seed: int | None, isolate: bool) -> grain.MapDataset:
+class _Made(NamedTuple):
+    """Lines, before their order and batches: how long those of one document are, the longest row of a batch that is
+    allowed, and the most tokens that see one another.
+    """
+
+    lines: grain.MapDataset
+    lengths: np.ndarray
+    longest: int
+    longest_document: int
+
+
+def _lines(data: Data, packing: str | None, *, seed: int | None, isolate: bool) -> _Made:
     """Lines of one document, or of several."""
     lengths, length, documents = data.store.lengths, data.max_length, _Documents(data.store)
+    longest_document = length if packing and not isolate else min(length, int(lengths.max()))
+    lines: grain.MapDataset
     if packing == "wrapped":
-        return Wrapped(documents.piece, lengths=lengths, length=length, seed=seed, isolate=isolate)
+        lines = Wrapped(documents.piece, lengths=lengths, length=length, seed=seed, isolate=isolate)
+        return _Made(lines, lengths, length, longest_document)
+    pieces = lengths
     if packing == "bfd_split":
-        pieces = _Pieces(documents, *cut(lengths, length), length)
-        lengths = pieces.lengths()
-        lines = grain.MapDataset.source(pieces)
+        cut_up = _Pieces(documents, *cut(lengths, length), length)
+        pieces, lines = cut_up.lengths(), grain.MapDataset.source(cut_up)
     else:
         lines = grain.MapDataset.source(documents)
-    if packing is None:
-        return lines
-    return Packed(lines, lengths=lengths, plan=plan(lengths, length), seed=seed, isolate=isolate)
+    if packing is not None:
+        lines = Packed(lines, lengths=pieces, plan=plan(pieces, length), seed=seed, isolate=isolate)
+    return _Made(lines, lengths, length, longest_document)
 
 
-def _longest_document(lengths: np.ndarray, length: int, packing: str | None, isolate: bool) -> int:
-    """The most tokens that see one another in a line."""
-    return length if packing and not isolate else min(length, int(lengths.max()))
+def _answers(data: Data, lay_out: LayOut, microbatch: int) -> _Made:
+    """Lines of a prompt with its answers."""
+    answered = Answered(data.store, lay_out(data, microbatch), data.limit)
+    lengths = answered.lengths()
+    return _Made(grain.MapDataset.source(answered), lengths, int(lengths.max()), answered.longest_document())
 
 
 def _usage(lengths: np.ndarray, keep: int, stack: "_Stack", rows_per_step: int, seed: int | None) -> tuple[int, float]:

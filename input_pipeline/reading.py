@@ -30,7 +30,7 @@ from input_pipeline.template import Template
 Turns = Literal["all", "assistant", "final"]
 Opened = TypeVar("Opened", Dataset, Stream)
 
-COMPLETIONS = "text_completions_only_with_padding"
+COMPLETIONS, ANSWERS = "text_completions_only_with_padding", "dpo_with_padding"
 _TURNS: dict[str, Turns] = {"ALL_ASSISTANT_TURNS": "assistant", "FINAL_ASSISTANT_TURN": "final"}
 _COLLATOR_KWARGS = (  # of the collators whose masks are found from the template instead
     "response_template",
@@ -50,8 +50,9 @@ class Reading:
 
     Rows longer than `max_length` lose their end, unless `packing` cuts them in pieces ("bfd_split", "wrapped"; "bfd"
     does not); `seed` is for the entries that ask for a shuffled sample; `trainer`, the `training.trainer_type`, says
-    which formats rows are of; then which tokens are trained; the field of rows that are plain text; `cache`, a folder
-    that keeps tokenised rows; and `progress`, told how many rows were tokenised since its last call.
+    which formats rows are of; then which tokens are trained; the field of rows that are plain text; `answers`, of rows
+    that are answers to a prompt, whose way to cut them (see `answers.py`); `cache`, a folder that keeps tokenised rows;
+    and `progress`, told how many rows were tokenised since its last call.
     """
 
     max_length: int | None
@@ -61,6 +62,7 @@ class Reading:
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     text_field: str = "text"
+    answers: str | None = None
     cache: Path | None = None
     progress: Callable[[int], None] | None = None
 
@@ -74,6 +76,7 @@ class Data:
     where: Callable[[int, int], str]  # what names a row of a dataset
     names: tuple[str, ...]  # of the datasets
     max_length: int  # the longest row allowed, or the longest there is
+    limit: int | None = None  # the longest row allowed
     notices: tuple[str, ...] = ()
 
     def name_of(self, row: int) -> str:
@@ -129,7 +132,15 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
     remarks = (*(note for dataset in datasets for note in dataset.meaning.notices), *notices)
     longest = int(store.lengths.max())
     allowed = reading.max_length or longest
-    return Data(store=store, counts=counts, where=tokenizing.where, names=names, max_length=allowed, notices=remarks)
+    return Data(
+        store=store,
+        counts=counts,
+        where=tokenizing.where,
+        names=names,
+        max_length=allowed,
+        limit=reading.max_length,
+        notices=remarks,
+    )
 
 
 def preview(
@@ -216,6 +227,7 @@ def _encoder(
         max_length=None if packing_of(split, reading) in ("bfd_split", "wrapped") else reading.max_length,
         skip_bad_rows=_skips(split, what),
         required=_required(split.get("collator_kwargs") or {}, what),
+        answers=reading.answers,
     )
 
 
@@ -236,7 +248,7 @@ def loss_mask(
         # Without a target: a response template alone means the last turn, an instruction template beside it all turns.
         old: Turns = "assistant" if kwargs.get("instruction_template") else "final"
         turns = _TURNS[_one_of(target, tuple(_TURNS), f"data.{what}.train_target")] if target else old
-    elif name not in (None, "text_with_padding"):
+    elif name not in (None, "text_with_padding", ANSWERS):
         raise NotImplementedError(
             f"not implemented yet: collator_name {name!r}; SFT has text_with_padding and {COMPLETIONS}"
         )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from input_pipeline.answers import Asked, encode_answers, render_answers
 from input_pipeline.cache import Entry, Writing, key_of, load, rows_hash
 from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
@@ -84,8 +85,9 @@ def too_many_bad(counts: Counts, fraction: float | None) -> None:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Rows of tokens by index: `ids` [T] and `trained` bool [T] of all R rows on end, `offsets` int64 [R + 1] where
-    each begins, and `sources` int64 [R, 2], which row of which dataset it came from.
+    """Rows of tokens by index: `ids` [T] and `trained` [T], 0 or 1 (of answers their marks, see `answers.py`), of all R
+    rows on end, `offsets` int64 [R + 1] where each begins, and `sources` int64 [R, 2], which row of which dataset it
+    came from.
 
     The arrays may be memory-mapped; `ids` are int32 in memory, uint16 or uint32 on disk. `digest` is the fingerprint,
     where it is known.
@@ -101,7 +103,7 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids int32 [n] and flags bool [n] of a row."""
+        """The ids int32 [n] and flags [n] of a row."""
         row = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return np.asarray(self.ids[row], np.int32), np.asarray(self.trained[row])
 
@@ -127,7 +129,7 @@ class _Digest:
 
     def update(self, ids: np.ndarray, trained: np.ndarray, lengths: np.ndarray) -> None:
         """Rows on end, after those before them."""
-        for digest, array, dtype in zip(self._of_each, (ids, trained, lengths), ("<i4", "?", "<i8"), strict=True):
+        for digest, array, dtype in zip(self._of_each, (ids, trained, lengths), ("<i4", "u1", "<i8"), strict=True):
             digest.update(np.ascontiguousarray(array, dtype).data)
 
     def hexdigest(self) -> str:
@@ -161,6 +163,7 @@ class Encoder:
     max_length: int | None
     skip_bad_rows: bool
     required: tuple[str, ...] = ()  # strings that every rendered chat must contain
+    answers: str | None = None  # of rows that are answers to a prompt: whose way to cut them, "trl" or "oumi"
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         bad: dict[int, RowError] = {}
@@ -180,7 +183,7 @@ class Encoder:
         tokens: list[Tokens | None] = [None] * len(rows)
         over_long = 0
         words = self._words if len(rows) >= _FEW else None
-        encoded = encode(rendered, self.template.tokenizer, max_length=self.max_length, words=words)
+        encoded = self._encode(rendered, words, notices)
         for place, found in zip(good, encoded, strict=True):
             if isinstance(found, RowError):
                 bad[place] = self._allowed(found.at(rows[place].where()))
@@ -196,7 +199,7 @@ class Encoder:
             untrained=len(rows) - len(bad) - left_out - len(used),
             over_long=over_long,
             tokens=sum(len(row.ids) for row in used),
-            trained_tokens=sum(int(row.trained[1:].sum()) for row in used),
+            trained_tokens=sum(int(np.count_nonzero(row.trained[1:])) for row in used),
             text_bytes=sum(row.text_bytes for row in used),
             left_out=left_out,
             bad_kinds=dict(Counter(error.kind for error in bad.values())),
@@ -218,14 +221,20 @@ class Encoder:
             [version(package) for package in ("tokenizers", "transformers", "jinja2")],
             [repr(meaning) for meaning in self.meanings],
             [list(mask) for mask in map(astuple, self.masks)],
-            [self.max_length, self.skip_bad_rows, self.required],
+            [self.max_length, self.skip_bad_rows, self.required, self.answers],
         )
 
     @functools.cached_property
     def _words(self) -> Words | None:
         return words_of(self.template.tokenizer)
 
-    def _render(self, row: Row, notices: set[str]) -> Rendered | None:
+    def _encode(self, rendered: list[Any], words: Words | None, notices: set[str]) -> list[Tokens | RowError]:
+        tokenizer = self.template.tokenizer
+        if self.answers is None:
+            return encode(rendered, tokenizer, max_length=self.max_length, words=words)
+        return encode_answers(rendered, tokenizer, max_length=self.max_length, words=words, notices=notices)
+
+    def _render(self, row: Row, notices: set[str]) -> Rendered | Asked | None:
         """The text of a row; None where the dataset's transform leaves it out."""
         if isinstance(row.stored, RowError):
             raise row.stored
@@ -234,17 +243,19 @@ class Encoder:
         if example is None:
             return None
         try:
+            if getattr(example, "tools", None) and not self.template.renders_tools:
+                notices.add("the chat template does not render tool definitions; those of the data are not trained on")
+            if self.answers is not None:
+                return render_answers(example, self.template, self.answers)
             rendered = render(example, self.template, self.masks[row.dataset])
-            self._check(example, rendered, (*self.required, *meaning.required), notices)
+            self._check(example, rendered, (*self.required, *meaning.required))
         except RowError as error:
             raise error.at(row.where()) from error
         return rendered
 
-    def _check(self, example: Example, rendered: Rendered, required: tuple[str, ...], notices: set[str]) -> None:
+    def _check(self, example: Example, rendered: Rendered, required: tuple[str, ...]) -> None:
         if not isinstance(example, Chat):
             return
-        if example.tools and not self.template.renders_tools:
-            notices.add("the chat template does not render tool definitions; those of the data are not trained on")
         for string in required:
             if string.strip() not in rendered.text:
                 raise RowError(
@@ -372,7 +383,7 @@ def joined(chunks: list[Chunk]) -> tuple[TokenStore, Counts, tuple[str, ...]]:
 
 def _written(chunks: Iterable[Chunk], folder: Path, key: str, ids_dtype: type) -> Entry:
     """Chunks on end in the cache; in memory there is one at a time."""
-    dtypes = {"ids": ids_dtype, "trained": np.bool_, "offsets": np.int64, "sources": np.int64}
+    dtypes = {"ids": ids_dtype, "trained": np.uint8, "offsets": np.int64, "sources": np.int64}
     counts, notices, digest = Counts(), frozenset[str](), _Digest()
     with Writing(folder, key, dtypes, columns={"sources": 2}) as writing:
         writing.append("offsets", np.zeros(1, np.int64))

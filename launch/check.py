@@ -14,6 +14,7 @@ from input_pipeline.pipeline import Feed
 from launch import assemble
 from launch.assemble import Model
 from launch.data import described, rows_per_step, train_data, validation_data
+from launch.method import method_of
 from launch.train import learning_rate_of, schedule_of, step_of
 from models.sharding import parameter_shardings
 from models.weights import check_weights
@@ -30,8 +31,8 @@ def run(loaded: Loaded) -> None:
     model = assemble.open_model(config)
     if config.model.load_pretrained_weights:
         check_weights(model.folder, model.config)
-    feed = train_data(config, model, mesh)
-    if validation := validation_data(config, model, mesh):
+    feed = train_data(config, model, mesh, to_train=False)
+    if validation := validation_data(config, model, mesh, to_train=False):
         validation.batches.close()
     plan = schedule_of(config, mesh, feed)
     learning_rate = learning_rate_of(config, mesh, plan.steps)
@@ -60,8 +61,10 @@ def run(loaded: Loaded) -> None:
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
     """Bytes a device, by kind. Exact for what lies there between steps; activations by a formula, good to some 30 %."""
-    step = step_of(config, model, mesh, learning_rate, longest_document=feed.longest_document)
-    trained, frozen = assemble.abstract_parts(model)
+    method = method_of(config, model, longest_document=feed.longest_document)
+    step = step_of(config, model, mesh, learning_rate, method)
+    parts = assemble.abstract_parts(model)
+    trained, frozen = parts.trained, method.frozen(parts)
     params = _bytes(trained, parameter_shardings(trained, mesh))
     kept_as_is = 0.0 if frozen is None else _bytes(frozen, parameter_shardings(frozen, mesh))
     state = jax.eval_shape(step.init.jitted, trained)  # type: ignore[attr-defined]
@@ -74,13 +77,13 @@ def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_ra
     whole = width * (8 * c.width + 3 * c.heads * c.head_width + 4 * c.mlp_width)
     kept = {"none": whole, "dots": whole / 2, "full": width * c.width}[compute.remat]
     activations = tokens * (c.layers * kept + (whole if compute.remat != "none" else 0)) + 1024 * c.vocabulary * 12
-    parts = [
+    needed = [
         ("parameters", params + kept_as_is),
         ("optimizer", moments),
         ("gradients", gradients),
         ("activations, about", activations),
     ]
-    return [*parts, ("in all, about", sum(size for _, size in parts))]
+    return [*needed, ("in all, about", sum(size for _, size in needed))]
 
 
 def _verdict(needed: float, mesh: Mesh) -> str:

@@ -11,18 +11,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import derived
+from configs.methods import PREFERENCE
 from input_pipeline.batches import Part
-from input_pipeline.pipeline import Feed, eval_feed, train_feed
+from input_pipeline.pipeline import Feed, LayOut, eval_feed, train_feed
 from input_pipeline.reading import Data, Reading, preview, read_data
 from input_pipeline.store import Counts
 from launch.assemble import Model
+from launch.preferences import lay_out_of
 from models.sharding import batch_sharding, replicas
 
 log = logging.getLogger("einkorn")
 
 
-def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
-    """The training batches; logs what became of the rows."""
+def train_data(config: ConfigDict, model: Model, mesh: Mesh, *, to_train: bool = True) -> Feed:
+    """The training batches; logs what became of the rows. Not `to_train`, nothing is computed with the model."""
     training = config.training
     rows = rows_per_step(config, mesh)
     feed = train_feed(
@@ -32,18 +34,19 @@ def train_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed:
         accumulation=training.gradient_accumulation_steps,
         epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
         reading=reading_of(config),
-        shuffle_rows=training.trainer_kwargs.train_sampling_strategy != "sequential",
+        shuffle_rows=derived.shuffles(config),
         drop_last=training.trainer_kwargs.dataloader_drop_last,
         part=part_of(mesh, rows // training.gradient_accumulation_steps),
         workers=derived.workers(config, cores=os.cpu_count() or 1),
+        lay_out=_lay_out(config, model, mesh, to_train),
     )
     for notice in feed.notices:
         log.info(notice)
     return feed
 
 
-def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None:
-    """The batches of the validation split, if there is one; logs what became of its rows."""
+def validation_data(config: ConfigDict, model: Model, mesh: Mesh, *, to_train: bool = True) -> Feed | None:
+    """The batches of the validation split, if there is one, as `train_data`."""
     if not config.data.validation.datasets:
         return None
     validation = eval_feed(
@@ -51,10 +54,17 @@ def validation_data(config: ConfigDict, model: Model, mesh: Mesh) -> Feed | None
         model.tokenizer,
         rows_per_step=config.training.per_device_eval_batch_size * replicas(mesh),
         reading=reading_of(config),
+        lay_out=_lay_out(config, model, mesh, to_train),
     )
     for notice in validation.notices:
         log.info(notice)
     return validation
+
+
+def _lay_out(config: ConfigDict, model: Model, mesh: Mesh, to_train: bool) -> LayOut | None:
+    if config.training.trainer_type not in PREFERENCE:
+        return None
+    return lay_out_of(config, model, mesh, compute_reference=to_train)
 
 
 def first_rows(config: ConfigDict, split: str, tokenizer: Any) -> Data:
@@ -74,6 +84,7 @@ def reading_of(config: ConfigDict) -> Reading:
         completion_only_loss=kwargs.completion_only_loss,
         assistant_only_loss=kwargs.assistant_only_loss,
         text_field=kwargs.dataset_text_field,
+        answers=kwargs.answer_tokens if config.training.trainer_type in PREFERENCE else None,
         cache=Path(cache).expanduser() if cache else None,
     )
 

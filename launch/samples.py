@@ -7,7 +7,8 @@ import jax
 from ml_collections import ConfigDict
 
 from input_pipeline.catalog import Entry, open_dataset
-from input_pipeline.examples import Chat, RowError
+from input_pipeline.examples import Chat, Example, Feedback, Message, Preference, RowError
+from input_pipeline.formats.conversation import as_messages
 from input_pipeline.template import Template
 from launch.assemble import Model
 from models.decoder import Compute, Params
@@ -20,8 +21,8 @@ LONGEST_ANSWER = 64  # tokens
 
 
 def sample_answers(config: ConfigDict, model: Model, *, after: Params, before: Callable[[], Params]) -> list[Sample]:
-    """The first chats of the validation split (of the training data where there is none) that end with an answer, each
-    answered by both models. None with several processes, or where rows are no chats.
+    """The first chats of the validation split (of the training data where there is none) that end with an answer, or
+    with a preferred one, each answered by both models. None with several processes, or where rows are no chats.
 
     `before` gives the parameters that training started from; it is called at the end, so that no run waits for its
     first step, and a resumed one has them too.
@@ -30,7 +31,10 @@ def sample_answers(config: ConfigDict, model: Model, *, after: Params, before: C
     if jax.process_count() > 1 or not model.tokenizer.chat_template:
         return []
     chats = _first_chats(
-        split.datasets[0], model.tokenizer, text_field=config.training.trainer_kwargs.dataset_text_field
+        split.datasets[0],
+        model.tokenizer,
+        text_field=config.training.trainer_kwargs.dataset_text_field,
+        trainer=config.training.trainer_type,
     )
     if not chats:
         return []
@@ -50,26 +54,41 @@ def _answers(model: Model, params: Params, prompts: list[list[int]]) -> list[str
     return [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
 
-def _first_chats(entry: Any, tokenizer: Any, *, text_field: str) -> list[tuple[list[int], str, str]]:
+def _first_chats(entry: Any, tokenizer: Any, *, text_field: str, trainer: str) -> list[tuple[list[int], str, str]]:
     """(prompt ids, the user's last words, the answer in the data) of the first usable chats."""
-    dataset = open_dataset(Entry.of(entry), skip_bad_rows=True, text_field=text_field)
+    dataset = open_dataset(Entry.of(entry), skip_bad_rows=True, text_field=text_field, trainer=trainer)
     template = Template(tokenizer)
     found: list[tuple[list[int], str, str]] = []
     for row in range(min(len(dataset), 10 * HOW_MANY)):
         try:
             example = dataset.example(row)
-            if not isinstance(example, Chat) or len(example.messages) < 2:
+            asked, answer = _asked(example)
+            if (
+                not asked
+                or answer is None
+                or answer["role"] != "assistant"
+                or not isinstance(answer.get("content"), str)
+            ):
                 continue
-            *prompt, answer = example.messages
-            if answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
-                continue
-            tools = list(example.tools) if example.tools else None
-            text = template.text(template.prepare(prompt), tools, prompt=True, **dict(example.template_kwargs or {}))
+            tools = list(getattr(example, "tools", None) or ()) or None
+            kwargs = dict(getattr(example, "template_kwargs", None) or {})
+            text = template.text(template.prepare(asked), tools, prompt=True, **kwargs)
         except RowError:
             continue
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) <= LONGEST_PROMPT:
-            found.append((ids, str(prompt[-1].get("content")), answer["content"]))
+            found.append((ids, str(asked[-1].get("content")), answer["content"]))
         if len(found) == HOW_MANY:
             break
     return found
+
+
+def _asked(example: Example | None) -> tuple[tuple[Message, ...], Message | None]:
+    """The messages of a prompt, and the answer to it that the data has; none where the row is no such thing."""
+    if isinstance(example, Chat):
+        return example.messages[:-1], example.messages[-1]
+    if isinstance(example, Preference):
+        return as_messages(example.prompt, "user"), as_messages(example.chosen, "assistant")[-1]
+    if isinstance(example, Feedback) and example.label:
+        return as_messages(example.prompt, "user"), as_messages(example.completion, "assistant")[-1]
+    return (), None

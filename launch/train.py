@@ -32,6 +32,7 @@ from launch.data import (
     validation_data,
 )
 from launch.export import Described, write_adapter, write_model
+from launch.method import Method, method_of
 from launch.samples import sample_answers
 from models.decoder import Params
 from models.lora import Parts, merged
@@ -45,7 +46,6 @@ from trainers.perplexity import text_measures
 from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
-from trainers.sft import cross_entropy_alone, sft_loss
 from trainers.step import Step, TrainState, build_step
 from trainers.throughput import Throughput, flops_per_token, peak_flops
 
@@ -73,14 +73,20 @@ def _train(
     plan = schedule_of(config, mesh, feed)
     validation = validation_data(config, model, mesh) if training.eval_strategy != "no" else None
     learning_rate = learning_rate_of(config, mesh, plan.steps)
-    step = step_of(config, model, mesh, learning_rate, longest_document=longest_document(feed, validation))
+    method = method_of(config, model, longest_document=longest_document(feed, validation))
+    step = step_of(config, model, mesh, learning_rate, method)
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
     if resumed is None:
-        trained, frozen = first_weights(config, model, mesh)
-        state, meta = step.init(trained), dict[str, Any]()
+        parts = first_weights(config, model, mesh)
+        beside = method.beside(parts, given_away=True)
+        state, meta = step.init(parts.trained), dict[str, Any]()
+        frozen = parts.frozen
     else:
         state, meta = resumed
-        frozen = None if assemble.abstract_parts(model).frozen is None else first_weights(config, model, mesh).frozen
+        beside = frozen = None
+        if jax.tree.leaves(method.frozen(assemble.abstract_parts(model))):
+            parts = first_weights(config, model, mesh)
+            beside, frozen = method.beside(parts, given_away=False), parts.frozen
     start = int(state.step)
     with (
         Metrics(
@@ -97,9 +103,9 @@ def _train(
             progress.note(assemble.summary(model, mesh))
         if training.log_examples:
             progress.note(_examples(config, feed, model))
-        parts = Run(
+        going = Run(
             step=step,
-            frozen=frozen,
+            frozen=beside,
             mesh=mesh,
             batches=feed.batches,
             schedule=plan,
@@ -126,7 +132,7 @@ def _train(
             tokens_seen=int(meta.get("tokens_seen", 0)),
         )
         began = time.monotonic()
-        state = run_loop(parts, state)
+        state = run_loop(going, state)
         done = int(state.step)
         metrics.write_trainer_state(
             metrics.trainer_state(
@@ -216,10 +222,8 @@ def longest_document(feed: Feed, validation: Feed | None) -> int:
     return max(feed.longest_document, validation.longest_document if validation else 0)
 
 
-def step_of(
-    config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], *, longest_document: int
-) -> Step:
-    """The compile-ready step of the method that the configuration names."""
+def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], method: Method) -> Step:
+    """The compile-ready step of a method."""
     training = config.training
     optimizer = optim.build(
         training.optimizer,
@@ -229,25 +233,17 @@ def step_of(
         eps=training.adam_epsilon,
         momentum=training.sgd_momentum,
     )
-    compute = assemble.compute_of(config, model, longest_document=longest_document)
-    kwargs = training.trainer_kwargs
-    shaping = {"kind": kwargs.loss_type, "label_smoothing": kwargs.label_smoothing_factor}
-    loss = sft_loss(model.config, compute=compute, z_loss=training.z_loss, **shaping)
-    if training.trainer_type == "OUMI":
-        evaluated = cross_entropy_alone(model.config, compute=compute)
-    else:
-        evaluated = sft_loss(model.config, compute=compute, **shaping)
-    trained, frozen = assemble.abstract_parts(model)
-    random = model.lora is not None and model.lora.dropout > 0
+    parts = assemble.abstract_parts(model)
     return build_step(
-        loss,
+        method.loss,
         optimizer,
-        trained,
+        parts.trained,
         mesh=mesh,
         max_grad_norm=training.max_grad_norm,
-        frozen=frozen,
-        seed=training.seed if random else None,
-        evaluated=evaluated,
+        frozen=method.frozen(parts),
+        seed=training.seed if method.draws else None,
+        evaluated=method.evaluated,
+        sync=method.sync,
     )
 
 

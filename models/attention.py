@@ -2,7 +2,8 @@
 
 B rows, L queries, S keys, N query heads, K key heads, G = N / K query heads for each key head, H head width. A query
 sees a key of the same segment at the same or an earlier position. Every packed document is its own segment, so
-documents in a row do not see one another; positions restart in each.
+documents in a row do not see one another; positions restart in each. A document may part into branches, several ways
+to go on after the same beginning: a branch sees the beginning (branch 0) and itself.
 """
 
 import functools
@@ -21,18 +22,35 @@ MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numb
 
 
 class Where(NamedTuple):
-    """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S]."""
+    """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S], and their
+    branches, where documents have any.
+    """
 
     q_positions_BL: jax.Array
     k_positions_BS: jax.Array
     q_segments_BL: jax.Array
     k_segments_BS: jax.Array
+    q_branches_BL: jax.Array | None = None
+    k_branches_BS: jax.Array | None = None
+
+    @property
+    def branched(self) -> bool:
+        """Whether documents part into branches: positions are then no distances within the row."""
+        return self.q_branches_BL is not None
+
+    def part(self, queries: slice, keys: slice) -> "Where":
+        """Where these queries and these keys stand."""
+        cuts = (queries, keys) * 3
+        return Where._make(None if x is None else x[:, cut] for x, cut in zip(self, cuts, strict=True))
 
     def visible_BLS(self, window: int | None) -> jax.Array:
         """True where a query may look at a key: itself and those before it, `window` in all."""
         same = self.q_segments_BL[:, :, None] == self.k_segments_BS[:, None, :]
         back_BLS = self.q_positions_BL[:, :, None] - self.k_positions_BS[:, None, :]
         visible = same & (back_BLS >= 0)
+        if self.q_branches_BL is not None and self.k_branches_BS is not None:
+            shared_BLS = self.k_branches_BS[:, None, :] == 0
+            visible &= shared_BLS | (self.q_branches_BL[:, :, None] == self.k_branches_BS[:, None, :])
         return visible if window is None else visible & (back_BLS < window)
 
 
@@ -75,7 +93,7 @@ def attend(
     """
     run = BACKENDS[pick(backend, jax.default_backend())].attend
     scores = Scores(scale, window, softcap)
-    if reach is not None and window is not None:
+    if reach is not None and window is not None and not where.branched:
         reach = min(reach, window)
     return run(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
 
@@ -122,12 +140,7 @@ def _xla(
     out = []
     for start in range(0, L, block):
         queries, keys = slice(start, start + block), slice(max(0, start - reach + 1), start + block)
-        near = Where(
-            where.q_positions_BL[:, queries],
-            where.k_positions_BS[:, keys],
-            where.q_segments_BL[:, queries],
-            where.k_segments_BS[:, keys],
-        )
+        near = where.part(queries, keys)
         out.append(products(q_BLNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], sinks_N, near, scores))
     return jnp.concatenate(out, axis=1)
 

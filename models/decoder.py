@@ -118,8 +118,13 @@ def hidden_states(
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     compute: Compute,
+    branches_BL: jax.Array | None = None,
 ) -> jax.Array:
-    """The normed output of the last layer [B, L, D], in `compute.dtype`; `head` turns it into logits."""
+    """The normed output of the last layer [B, L, D], in `compute.dtype`; `head` turns it into logits.
+
+    With `branches_BL`, a document's tokens of branch 0 are followed by those of branches 1, 2, …, whose positions all
+    begin where branch 0 ends, and which do not see one another; of a model that `can_branch`.
+    """
     return routed_hidden_states(
         params,
         config,
@@ -127,7 +132,15 @@ def hidden_states(
         positions_BL=positions_BL,
         segments_BL=segments_BL,
         compute=compute,
+        branches_BL=branches_BL,
     )[0]
+
+
+def can_branch(config: DecoderConfig) -> bool:
+    """Whether the beginning of a document is computed alike whatever follows: not where positions rotate otherwise in
+    longer documents.
+    """
+    return all(layer.rope is None or layer.rope.beyond is None for layer in config.each)
 
 
 def routed_hidden_states(
@@ -138,9 +151,10 @@ def routed_hidden_states(
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     compute: Compute,
+    branches_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStats | None]:
     """As `hidden_states`, and what the routers of all layers did, each leaf summed over them (None without experts)."""
-    where = Where(positions_BL, positions_BL, segments_BL, segments_BL)
+    where = Where(positions_BL, positions_BL, segments_BL, segments_BL, branches_BL, branches_BL)
     lengths_BL = document_lengths(positions_BL, segments_BL)
     x_BLD, _, stats = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=None)
     return x_BLD, stats

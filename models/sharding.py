@@ -70,10 +70,12 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a parameter tree (arrays or ShapeDtypeStructs), by RULES."""
+    """The sharding of every leaf of a parameter tree (arrays or ShapeDtypeStructs), or of several in a NamedTuple, by
+    RULES.
+    """
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
-        name = "/".join(key.key for key in path)
+        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, name))
         return NamedSharding(mesh, P(*_dividing(axes, leaf.shape, mesh.shape)))
 

@@ -1,7 +1,7 @@
-"""KTO, learning from single answers that are marked desirable or not: arrays in, `Sum` out.
+"""KTO, learning from single answers that are marked desirable or not.
 
-R rows, each a prompt with one answer. l = log π - log ρ, the log-probability of an answer under the policy less that
-under the reference, σ the sigmoid, β `beta`.
+B or R rows, each a prompt with one answer. l = log π - log ρ, the log-probability of an answer under the policy less
+that under the reference, σ the sigmoid, β `beta`.
 """
 
 from typing import Literal, NamedTuple
@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import sigmoid
 
+from models.moe import load_balancing_loss
 from trainers.losses import Sum
+from trainers.preference import token_metrics
+from trainers.reference import Frozen
+from trainers.scoring import LOGGED, Scorer, answer_sums, branch
+from trainers.step import Batch, Loss, Params, Sums
+
+WANTED, UNWANTED, OTHERS = 1, 2, 3  # branches of a row: its answer, of either kind, and another row's
 
 
 class Answers(NamedTuple):
@@ -55,6 +62,39 @@ def kto_loss(
         undesirable_weight * sigmoid(-beta * (kl - ratio_R)),
     )
     return Sum((answers.live_R * loss_R).sum(), answers.live_R.sum()), _metrics(answers, beta * ratio_R, kl)
+
+
+def unpaired_loss(scorer: Scorer, *, loss_type: Literal["kto", "apo_zero_unpaired"], **settings: float) -> Loss:
+    """The loss of a microbatch [B, L] of answers, each beside another row's for "kto", as a `Sum` over rows, and TRL's
+    metrics. `settings` are those of `kto_loss`; `frozen` is a `reference.Frozen`.
+    """
+    coefficient = scorer.config.experts.aux_coefficient if scorer.config.experts else 0.0
+
+    def loss(params: Params, frozen: Frozen, batch: Batch, key: jax.Array | None = None) -> Sums:
+        wanted_BL, unwanted_BL, others_BL = (branch(batch, number) for number in (WANTED, UNWANTED, OTHERS))
+        own_BL = wanted_BL + unwanted_BL
+        policy = scorer.policy(params, frozen, key)
+        found, routers = scorer.scores(policy, batch, batch["weights"], also=LOGGED)
+        logps_B, others_B = answer_sums(found["logprob"], own_BL, others_BL)
+        reference_B, others_reference_B = answer_sums(scorer.reference(frozen, batch), own_BL, others_BL)
+        answers = Answers(
+            logps_R=logps_B,
+            reference_R=reference_B,
+            desirable_R=wanted_BL.max(axis=1),
+            live_R=own_BL.max(axis=1),
+            mismatched_R=jax.lax.stop_gradient(others_B),
+            mismatched_reference_R=others_reference_B,
+        )
+        total, metrics = kto_loss(answers, loss_type=loss_type, **settings)
+        metrics |= {n: x for n, x in token_metrics(found, wanted_BL, unwanted_BL).items() if n != "mean_token_accuracy"}
+        if coefficient:
+            assert routers is not None
+            aux = load_balancing_loss(routers) * total.count
+            total = total._replace(total=total.total + coefficient * aux)
+            metrics |= {"aux_loss": Sum(aux, total.count)}
+        return total, metrics
+
+    return loss
 
 
 def kl_estimate(answers: Answers) -> jax.Array:

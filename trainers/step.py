@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from models.sharding import batch_sharding, parameter_shardings
 from trainers.losses import Sum
 from trainers.optim import Optimizer, clip_scale, global_norm, state_shardings
+from trainers.reference import Sync, copied, moved
 
 Params = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -28,6 +29,11 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     halted: Any  # bool: a loss or gradient was not finite; from then on nothing changes
+    reference: Any = None  # the leaves of a reference that moves (`reference.Sync`)
+
+    def frozen(self, frozen: Any) -> Any:
+        """What is used beside the parameters: `frozen`, with the reference as it is now if it moves."""
+        return frozen if self.reference is None else frozen._replace(reference=self.reference)
 
 
 class Loss(Protocol):
@@ -62,10 +68,12 @@ def build_step(
     frozen: Any = None,
     seed: int | None = None,
     evaluated: Loss | None = None,
+    sync: Sync | None = None,
 ) -> Step:
     """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not
     trained: no gradient of it is formed, and no optimizer state. A loss that is random gets a key drawn from `seed`,
     the step and the microbatch; without a seed it gets None. `evaluated` is what evaluation computes, if not `loss`.
+    With `sync`, `frozen` is a `reference.Frozen`, whose reference begins as a copy of the parameters and moves.
     """
     evaluated = evaluated or loss
     everywhere = NamedSharding(mesh, P())
@@ -75,16 +83,18 @@ def build_step(
         params=param_shardings,
         opt_state=state_shardings(optimizer, abstract_params, param_shardings),
         halted=everywhere,
+        reference=param_shardings if sync else None,
     )
     batches = batch_sharding(mesh)
     frozen_shardings = parameter_shardings(frozen, mesh) if frozen is not None else None
 
     def init(params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool))
+        reference = copied(params) if sync else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool), reference)
 
     def train(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
-        total, others, grads = _accumulate(loss, state.params, frozen, batch, key)
+        total, others, grads = _accumulate(loss, state.params, state.frozen(frozen), batch, key)
         count = jnp.maximum(total.count, 1.0)
         norm = global_norm(grads) / count
         ok = jnp.isfinite(total.total) & jnp.isfinite(norm) & ~state.halted
@@ -93,7 +103,8 @@ def build_step(
         )
         metrics = {"loss": total.mean(), "grad_norm": norm, **{name: each.mean() for name, each in others.items()}}
         step = state.step + ok.astype(jnp.int32)
-        return TrainState(step, params, opt_state, ~ok), {**metrics, "halted": ~ok}
+        reference = moved(state.reference, params, sync, step=jnp.where(ok, step, -1)) if sync else None
+        return TrainState(step, params, opt_state, ~ok, reference), {**metrics, "halted": ~ok}
 
     def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Sum]:
         def one(sums: dict[str, Sum], micro: Batch) -> tuple[dict[str, Sum], None]:
