@@ -87,8 +87,8 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
             "training.trainer_kwargs.max_len: unknown key; did you mean training.trainer_kwargs.max_length?",
         ),
         (
-            "--training.trainer_kwargs.beta=3",
-            "training.trainer_kwargs.beta: unknown key; did you mean training.gkd.beta?",
+            "--training.trainer_kwargs.lmbda=3",
+            "training.trainer_kwargs.lmbda: unknown key; did you mean training.gkd.lmbda?",
         ),
         (
             "--training.trainer_kwargs.learning_rate=3",
@@ -110,10 +110,34 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         ("--training.seed", "training.seed: no value given"),
         ("--data.train.datasets[5].split=x", "data.train.datasets[5].split: 5 is past the end of a list of 1"),
         ("--training=3", "training: got 3; allowed: keys"),
+        # learning from preferences
+        (
+            "--training.trainer_type=TRL_DPO --training.trainer_kwargs.loss_type=nll",
+            "training.trainer_kwargs.loss_type: got nll; allowed with trainer_type TRL_DPO: sigmoid, hinge, ipo,"
+            " exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft,"
+            " sigmoid_norm, cpo, cpo_hinge, cpo_ipo, simpo, orpo",
+        ),
+        (
+            "--training.trainer_type=TRL_KTO --training.trainer_kwargs.loss_type=[kto,apo_zero_unpaired]",
+            "training.trainer_kwargs.loss_type: got 2 of them; allowed with trainer_type TRL_KTO: one",
+        ),
+        (
+            "--training.trainer_type=TRL_DPO --data.train.pack=true",
+            "data.train.pack: not implemented yet with training.trainer_type TRL_DPO",
+        ),
+        (
+            "--data.train.collator_name=dpo_with_padding",
+            "data.train.collator_name: dpo_with_padding needs training.trainer_type TRL_DPO, not HF",
+        ),
+        (
+            "--training.trainer_type=TRL_DPO --training.trainer_kwargs.sync_ref_model=true"
+            " --training.trainer_kwargs.precompute_ref_log_probs=true",
+            "training.trainer_kwargs.precompute_ref_log_probs: sync_ref_model changes the reference; choose one",
+        ),
         # what is to come
         (
-            "--training.trainer_type=TRL_DPO",
-            "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI",
+            "--training.trainer_type=TRL_GRPO",
+            "not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO",
         ),
         ("--peft.llm_int8_skip_modules=[a]", "not implemented yet: peft.llm_int8_skip_modules: [a]"),
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
@@ -204,11 +228,12 @@ def test_of_a_method_to_come_only_the_method_is_told(problems):
     text = """\
         model: {freeze_layers: [a]}
         training:
-          trainer_type: TRL_DPO
-          trainer_kwargs: {beta: 0.1, loss_type: sigmoid}
+          trainer_type: TRL_GRPO
+          trainer_kwargs: {neftune_noise_alpha: 0.1}
         """
     assert problems(text) == (
-        "not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI (run.yaml:3)",
+        "not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO"
+        " (run.yaml:3)",
     )
 
 

@@ -192,16 +192,26 @@ def test_the_page_on_sft_loads_as_written(source):
                 "not implemented yet: data.train.collator_name: vision_language_with_padding",
             ],
         ),
-        (DPO, ["not implemented yet: training.trainer_type: TRL_DPO; works now: HF, TRL_SFT, OUMI"]),
-        (GRPO, ["not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI"]),
-        (VERL, ["not implemented yet: training.trainer_type: VERL_GRPO; works now: HF, TRL_SFT, OUMI"]),
+        (
+            GRPO,
+            ["not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO"],
+        ),
+        (
+            VERL,
+            ["not implemented yet: training.trainer_type: VERL_GRPO; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO"],
+        ),
     ],
-    ids=["vision", "dpo", "grpo", "verl"],
+    ids=["vision", "grpo", "verl"],
 )
 def test_the_other_pages_are_understood_and_fail_for_what_is_to_come_only(source, text, problems):
     with pytest.raises(ConfigError) as error:
         load(source(text), [] if "model_name" in text else [MODEL])
     assert [line.rpartition(" (")[0] for line in error.value.problems] == problems
+
+
+def test_the_page_on_preferences_loads_as_it_stands(source):
+    config = load(source(DPO), [MODEL]).config
+    assert (config.training.trainer_type, config.data.train.collator_name) == ("TRL_DPO", "dpo_with_padding")
 
 
 def test_wsd_is_read_as_the_schedule_transformers_calls_by_its_long_name(source):

@@ -155,8 +155,15 @@ def test_the_test_split_takes_what_the_others_take_and_does_nothing_with_it():
 
 
 # The oracle for trainer_kwargs: the dataclasses themselves, read as text, for importing them takes ten seconds.
-OURS = {"count_position_zero"}
-OLDER = {"max_seq_length", "include_tokens_per_second", "save_safetensors", "group_by_length"}
+OURS = {"count_position_zero", "answer_tokens", "shared_prompt"}
+OLDER = {
+    "rpo_alpha",
+    "reference_free",
+    "max_seq_length",
+    "include_tokens_per_second",
+    "save_safetensors",
+    "group_by_length",
+}
 
 
 def test_trainer_kwargs_are_named_as_in_trl_and_transformers():
@@ -165,7 +172,8 @@ def test_trainer_kwargs_are_named_as_in_trl_and_transformers():
 
 def test_trainer_kwargs_have_the_defaults_of_trl_and_transformers():
     ours = {name: row.default for name, row in TRAINER_KWARGS.items() if isinstance(row, Key) and name in FIELDS}
-    assert ours == {name: FIELDS[name] for name in ours} | {"packing_strategy": None}  # bfd, but for pretraining
+    by_method = {"packing_strategy": None, "loss_type": None, "train_sampling_strategy": None}  # see configs.derived
+    assert ours == {name: FIELDS[name] for name in ours} | by_method
 
 
 def test_words_that_name_code_are_the_names_the_code_has():
@@ -205,4 +213,10 @@ def _given(value):
     return Given([_given(item) for item in value] if isinstance(value, list) else value, "")
 
 
-FIELDS = _fields("transformers.training_args", "TrainingArguments") | _fields("trl.trainer.sft_config", "SFTConfig")
+FIELDS = (
+    _fields("trl.experimental.cpo.cpo_config", "CPOConfig")
+    | _fields("trl.trainer.kto_config", "KTOConfig")
+    | _fields("trl.trainer.dpo_config", "DPOConfig")
+    | _fields("transformers.training_args", "TrainingArguments")
+    | _fields("trl.trainer.sft_config", "SFTConfig")
+)
