@@ -14,7 +14,7 @@ With reference log-probabilities, known beforehand, `reference` holds each at it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,16 +32,15 @@ class Answer(NamedTuple):
     branch: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Laid:
+class Laid(NamedTuple):
     """How prompts and answers are laid out: the prompt once (`shared`) or before each answer; for each row the one
     whose answer is set beside its own, int64 [R]; the reference's log-probability of each row's answers, in their
     order, float32 [R, answers].
     """
 
     shared: bool
-    partners: np.ndarray | None = field(default=None, repr=False)
-    reference: np.ndarray | None = field(default=None, repr=False)
+    partners: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ class Model(NamedTuple):
     trained: frozenset[str]  # paths of its own leaves that are
     form: str | None  # of its kernels, where they are kept in few bits: a name of models.quantized.FORMATS
 
+    @property
+    def has_new_adapter(self) -> bool:
+        """Whether training begins with an adapter that there was not before."""
+        return self.lora is not None and self.adapter is None
+
 
 class Count(NamedTuple):
     """Parameters: all that there are, those that are trained, and of either those that take part in matrix products
