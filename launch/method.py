@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from configs import derived
 from configs.methods import PREFERENCE
-from launch import preferences
 from launch.assemble import Model, compute_of
+from launch.preferences import frozen_of, loss_of, sync_of
 from models.lora import Parts
 from trainers.reference import Frozen, Sync, copied
 from trainers.sft import cross_entropy_alone, sft_loss
@@ -42,13 +42,13 @@ def method_of(config: ConfigDict, model: Model, *, longest_document: int) -> Met
     compute = compute_of(config, model, longest_document=longest_document)
     drops = model.lora is not None and model.lora.dropout > 0
     if config.training.trainer_type in PREFERENCE:
-        loss = preferences.loss_of(config, model, compute)
+        loss = loss_of(config, model, compute)
         return Method(
             loss,
             loss,
-            frozen=lambda parts: preferences.frozen_of(config, model, parts),
+            frozen=lambda parts: frozen_of(config, model, parts),
             draws=drops and not config.training.trainer_kwargs.disable_dropout,
-            sync=preferences.sync_of(config, model),
+            sync=sync_of(config, model),
         )
     (kind,) = derived.loss_types(config)
     shaping: dict[str, Any] = {"kind": kind, "label_smoothing": config.training.trainer_kwargs.label_smoothing_factor}
