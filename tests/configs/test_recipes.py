@@ -1,0 +1,116 @@
+"""The recipes: each loads without a network, says what it is for, and understands rows as its dataset has them."""
+
+import json
+import re
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.load import Loaded, load
+from input_pipeline.catalog import Entry, open_dataset
+from input_pipeline.examples import Feedback, Preference
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs/recipes"
+FILES = sorted(RECIPES.glob("*.yaml"))
+
+QUESTION, GOOD, BAD = (
+    {"role": "user", "content": "Name a grain."},
+    {"role": "assistant", "content": "Barley."},
+    {"role": "assistant", "content": "No."},
+)
+_SCORES = {"score_chosen": 8.0, "score_rejected": 4.0}
+_PAIR = {"prompt": "Name a grain.", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]}
+# A row of each set as the hub has it, with all its columns.
+ROWS: dict[str, dict[str, Any]] = {
+    "HuggingFaceH4/ultrafeedback_binarized": {
+        **_PAIR,
+        **_SCORES,
+        "prompt_id": "9b27",
+        "messages": [QUESTION, GOOD],
+    },
+    "trl-lib/ultrafeedback_binarized": {"chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD], **_SCORES},
+    "mlabonne/orpo-dpo-mix-40k": {**_PAIR, "source": "Airoboros", "question": "Name a grain."},
+    "argilla/ultrafeedback-binarized-preferences-cleaned": {
+        **_PAIR,
+        "source": "evol_instruct",
+        "chosen-rating": 5.0,
+        "chosen-model": "gpt-4",
+        "rejected-rating": 2.0,
+        "rejected-model": "alpaca-7b",
+    },
+    "princeton-nlp/gemma2-ultrafeedback-armorm": {
+        **_PAIR,
+        "prompt_id": "d7c1",
+        "all_generated_responses": ["Barley.", "No.", "Grain?"],
+        "all_rm_scores": [0.16, 0.09, 0.11],
+    },
+    "trl-lib/kto-mix-14k": {"prompt": [QUESTION], "completion": [BAD], "label": False},
+}
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def recipe(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    def refused(*_: Any) -> None:
+        raise AssertionError("a recipe was loaded by way of a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    return load(str(recipe))
+
+
+def test_a_recipe_loads_and_every_key_in_it_acts(loaded: Loaded) -> None:
+    assert loaded.config.training.trainer_type in ("TRL_DPO", "TRL_KTO")
+    assert loaded.notices == ()
+
+
+def test_its_head_says_how_to_run_it_for_what_machine_with_what_rows_and_whose_numbers(recipe: Path) -> None:
+    head = re.match(r"(#.*\n)+", recipe.read_text(encoding="utf-8"))
+    assert head is not None
+    for words in (
+        f"einkorn train -c configs/recipes/{recipe.name}\n",
+        "# Hardware: ",
+        "# Data, one row",
+        "# Numbers: ",
+    ):
+        assert words in head[0]
+
+
+def test_the_readme_lists_every_recipe_with_its_dataset() -> None:
+    table = (RECIPES / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| \[(\S+)\].*\| `(\S+)` \|", table, re.MULTILINE))
+    assert listed == {file.name: load(str(file)).config.data.train.datasets[0].dataset_name for file in FILES}
+
+
+def test_a_step_has_as_many_rows_as_its_head_says(recipe: Path, loaded: Loaded) -> None:
+    text = re.sub(r"[\s#]+", " ", recipe.read_text(encoding="utf-8"))
+    said = re.search(r"(\d+) (?:pairs|answers) a step", text)
+    machines = re.search(r"Hardware: (one|four|eight)", text)
+    assert said is not None
+    assert machines is not None
+    devices, training = {"one": 1, "four": 4, "eight": 8}[machines[1]], loaded.config.training
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * devices == int(said[1])
+
+
+def test_rows_as_its_datasets_have_them_are_understood(loaded: Loaded, tmp_path: Path) -> None:
+    for split in (loaded.config.data.train, loaded.config.data.validation):
+        for entry in split.datasets:
+            example = _first_example(entry, loaded.config.training.trainer_type, tmp_path / "rows.jsonl")
+            if isinstance(example, Feedback):
+                assert (example.prompt, example.completion, example.label) == ((QUESTION,), (BAD,), False)
+            else:
+                assert isinstance(example, Preference)
+                assert (example.prompt, example.chosen, example.rejected) == ((QUESTION,), (GOOD,), (BAD,))
+
+
+def _first_example(entry: Any, trainer: str, file: Path) -> Any:
+    """Row 0 of a file with the one row of that dataset, under the dataset's name."""
+    file.write_text(json.dumps(ROWS[entry.dataset_name]) + "\n", encoding="utf-8")
+    copy = replace(Entry.of(entry), dataset_path=str(file), split="train")
+    return open_dataset(copy, trainer=trainer).example(0)
