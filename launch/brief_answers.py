@@ -1,6 +1,6 @@
 """The preference quickstart's data: SmolLM2 answers short questions twice, and the brief answer is preferred.
 
-    python -m launch.brief_answers        writes configs/quickstart/preferences_{train,heldout}.jsonl anew, in ten minutes
+    python -m launch.brief_answers     writes configs/quickstart/preferences_{train,heldout}.jsonl anew, in ten minutes
 
 Both answers of a pair are what the model itself says, greedily: the rejected one when it is only asked, the chosen one
 when it has three questions with brief answers before it (`SHOWN`). What is to be learned is thus a manner it has
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 FOLDER = Path("configs/quickstart")
 SEED = 20250611
-TRAIN_PAIRS, HELD_OUT_PAIRS = 96, 32
+TRAIN_PAIRS, HELD_OUT_PAIRS = 48, 32
 MOST_WORDS = 40
 LONGEST_ANSWER = 128  # tokens; what goes on is cut back to its last whole sentence
 BATCH = 44
@@ -87,12 +87,14 @@ def questions() -> list[str]:
 
 
 def is_brief(answer: str) -> bool:
-    """Whether an answer is one paragraph of whole sentences with at most `MOST_WORDS` words, and goes in no circle: of
-    its words at least two thirds are different ones.
-    """
+    """Whether an answer is one paragraph of whole sentences with at most `MOST_WORDS` words, and not nothing."""
+    return 3 < len(answer.split()) <= MOST_WORDS and "\n" not in answer and answer.endswith((".", "!", "?"))
+
+
+def goes_in_circles(answer: str) -> bool:
+    """Whether more than two fifths of the words have been said before, as small models do ("a ring made of a ring")."""
     words = re.findall(r"[\w'’]+", answer.lower())
-    varied = len(set(words)) >= 2 / 3 * len(words)
-    return 3 < len(words) <= MOST_WORDS and varied and "\n" not in answer and answer.endswith((".", "!", "?"))
+    return len(set(words)) < 3 / 5 * len(words)
 
 
 def make_pairs(asked: Sequence[str]) -> Iterator["Pair"]:
@@ -102,7 +104,7 @@ def make_pairs(asked: Sequence[str]) -> Iterator["Pair"]:
     ]
     plain = [[_turn("user", question)] for question in asked]
     for prompt, chosen, rejected in zip(asked, _answers([examples + p for p in plain]), _answers(plain), strict=True):
-        if is_brief(chosen) and len(rejected.split()) > MOST_WORDS:
+        if is_brief(chosen) and not goes_in_circles(chosen) and len(rejected.split()) > MOST_WORDS:
             yield Pair(prompt, chosen, rejected)
 
 

@@ -1,69 +1,82 @@
-"""The quickstart's second half: ask the model, train it, ask it again, and show what changed.
+"""The quickstarts' second half: ask the model, train it, ask it again, and show what changed.
 
-    python -m launch.quickstart [--key value …]        (launch/quickstart.sh installs and then calls this)
+    python -m launch.quickstart [sft | dpo] [--key value …]      (launch/quickstart.sh installs and then calls this)
 
-Further arguments go to `einkorn train` as they are. What counts is exact match: the answer to a held-out message, read
-as JSON, equals the expected object in all five fields. One process does it all: an accelerator serves one at a time.
+`sft` turns messages into JSON: what counts is that the answer, read as JSON, equals the expected object in all five
+fields. `dpo` learns to be brief: what counts is one paragraph of whole sentences with at most 40 words. Further
+arguments go to `einkorn train` as they are. One process does it all: an accelerator serves one at a time.
 """
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CONFIG = "configs/quickstart/sft.yaml"
-HELD_OUT = Path("configs/quickstart/heldout.jsonl")
-ROWS = 32  # of the held-out file: enough to see the difference, few enough for a laptop
-LONGEST_ANSWER = 56  # tokens; the longest expected answer has 55
+from launch.brief_answers import is_brief
+
+ROWS = 32  # of a held-out file: enough to see the difference, few enough for a laptop
 SHOWN = 3
 
 
-def main(overrides: Sequence[str] = ()) -> None:
-    """Runs the whole comparison from the repository's root; progress goes to stderr, the result to stdout."""
+def main(arguments: Sequence[str] = ()) -> None:
+    """Runs a whole comparison from the repository's root; progress goes to stderr, the result to stdout."""
     from configs.load import load
     from launch import cli
     from launch.smollm2 import fetch_smollm2
 
     started = time.monotonic()
+    task, overrides = chosen(arguments)
     model = fetch_smollm2()
-    arguments = [f"--model.model_name={model}", *overrides]
-    output = Path(load(CONFIG, arguments).config.training.output_dir)
-    rows = read_rows(HELD_OUT)[:ROWS]
+    options = [f"--model.model_name={model}", *overrides]
+    training = load(task.config, options).config.training
+    rows = read_rows(task.held_out)[:ROWS]
 
     say(f"before: {model.name} answers {len(rows)} held-out messages")
-    before = answer(model, rows)
-    say(f"training: einkorn train -c {CONFIG} {' '.join(arguments)}")
-    cli.app(["train", "-c", CONFIG, *arguments], standalone_mode=False)
-    say(f"after: {output} answers the same messages")
-    after = answer(output, rows)
+    before = answer(model, rows, longest=task.longest_answer)
+    say(f"training: einkorn train -c {task.config} {' '.join(options)}")
+    cli.app(["train", "-c", task.config, *options], standalone_mode=False)
+    say(f"after: {training.output_dir} answers the same messages")
+    after = answer(Path(training.output_dir), rows, longest=task.longest_answer)
 
-    show(rows, before, after)
-    say(f"{time.monotonic() - started:.0f} seconds in all. Talk to it: .venv/bin/einkorn chat -m {output}")
+    show(task, rows, before, after)
+    say(f"{time.monotonic() - started:.0f} seconds in all. Talk to it: .venv/bin/einkorn chat -m {training.output_dir}")
+
+
+def chosen(arguments: Sequence[str]) -> tuple["Task", list[str]]:
+    """The task that the first argument names, sft where it names none, and the other arguments."""
+    if not arguments or arguments[0].startswith("-"):
+        return TASKS["sft"], list(arguments)
+    if arguments[0] not in TASKS:
+        raise SystemExit(f"quickstart: '{arguments[0]}' is no task; allowed: {', '.join(TASKS)}")
+    return TASKS[arguments[0]], list(arguments[1:])
 
 
 def read_rows(file: Path) -> list["Row"]:
-    """The conversations of a jsonl file, each split into what is asked and what should be answered."""
-    conversations = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
-    return [Row(messages[:-1], messages[-1]["content"]) for messages in conversations]
+    """The rows of a jsonl file, conversations or preference pairs, each split into what is asked and what should be
+    answered.
+    """
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    asked = [(row["prompt"], row["chosen"]) if "chosen" in row else _split(row["messages"]) for row in rows]
+    return [Row(prompt, expected[0]["content"]) for prompt, expected in asked]
 
 
-def answer(folder: Path, rows: Sequence["Row"]) -> list[str]:
-    """The model's greedy answers, all rows in one batch."""
+def answer(folder: Path, rows: Sequence["Row"], *, longest: int) -> list[str]:
+    """The model's greedy answers of at most `longest` tokens, all rows in one batch."""
     from launch.talk import open_talker
     from models.generate import generate
 
     talker = open_talker(str(folder))
     prompts = [talker.prompt_ids(row.prompt) for row in rows]
     stop_ids = talker.stop_ids
-    answers = generate(talker.params, talker.config, prompts, max_new_tokens=LONGEST_ANSWER, stop_ids=stop_ids)
+    answers = generate(talker.params, talker.config, prompts, max_new_tokens=longest, stop_ids=stop_ids)
     return [talker.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def share_exact(answers: Sequence[str], rows: Sequence["Row"]) -> float:
-    """The share of answers that are exact."""
-    return sum(is_exact(answer, row.expected) for answer, row in zip(answers, rows, strict=True)) / len(rows)
+def share_right(task: "Task", answers: Sequence[str], rows: Sequence["Row"]) -> float:
+    """The share of answers that are as the task wants them."""
+    return sum(task.is_right(answer, row.expected) for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
 def is_exact(given: str, expected: str) -> bool:
@@ -74,18 +87,22 @@ def is_exact(given: str, expected: str) -> bool:
         return False
 
 
-def show(rows: Sequence["Row"], before: Sequence[str], after: Sequence[str]) -> None:
-    """Prints a few answers side by side, and how many are exact of all."""
+def show(task: "Task", rows: Sequence["Row"], before: Sequence[str], after: Sequence[str]) -> None:
+    """Prints a few answers side by side, and how many are right of all."""
     for row, old, new in list(zip(rows, before, after, strict=True))[:SHOWN]:
         print(f"\nmessage   {row.prompt[-1]['content']}")
-        print(f"before    {_one_line(old)}\nafter     {_one_line(new)}\nexpected  {row.expected}")
-    shares = [share_exact(answers, rows) for answers in (before, after)]
-    print(f"\nexact match on {len(rows)} held-out messages: {shares[0]:.0%} before, {shares[1]:.0%} after")
+        print(f"before    {_one_line(old)}\nafter     {_one_line(new)}\n{task.expected:9} {row.expected}")
+    shares = [share_right(task, answers, rows) for answers in (before, after)]
+    print(f"\n{task.counts} on {len(rows)} held-out messages: {shares[0]:.0%} before, {shares[1]:.0%} after")
 
 
 def say(line: str) -> None:
     """A line about what is going on, apart from the result."""
     print(f"\n== {line}", file=sys.stderr, flush=True)
+
+
+def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return messages[:-1], messages[-1:]
 
 
 def _one_line(text: str, *, width: int = 160) -> str:
@@ -94,10 +111,36 @@ def _one_line(text: str, *, width: int = 160) -> str:
 
 
 class Row(NamedTuple):
-    """What is asked, as messages, and the text of the right answer."""
+    """What is asked, as messages, and the text of the right answer, or of a preferred one."""
 
     prompt: list[dict[str, Any]]
     expected: str
+
+
+class Task(NamedTuple):
+    """A quickstart: its configuration, its held-out rows, and what counts."""
+
+    config: str
+    held_out: Path
+    longest_answer: int  # tokens
+    is_right: Callable[[str, str], bool]  # an answer, and the expected one
+    expected: str  # what the answer in the data is called
+    counts: str  # what is_right says
+
+
+DATA = Path("configs/quickstart")
+TASKS = {
+    # the longest expected answer has 55 tokens
+    "sft": Task(f"{DATA}/sft.yaml", DATA / "heldout.jsonl", 56, is_exact, "expected", "exact match"),
+    "dpo": Task(
+        f"{DATA}/dpo.yaml",
+        DATA / "preferences_heldout.jsonl",
+        64,  # forty words are some fifty tokens: what is longer need not be read to its end
+        lambda given, _: is_brief(given),
+        "preferred",
+        "brief answers",
+    ),
+}
 
 
 if __name__ == "__main__":

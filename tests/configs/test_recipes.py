@@ -12,6 +12,7 @@ import pytest
 from configs.load import Loaded, load
 from input_pipeline.catalog import Entry, open_dataset
 from input_pipeline.examples import Feedback, Preference
+from launch.train import run
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs/recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -114,3 +115,31 @@ def _first_example(entry: Any, trainer: str, file: Path) -> Any:
     file.write_text(json.dumps(ROWS[entry.dataset_name]) + "\n", encoding="utf-8")
     copy = replace(Entry.of(entry), dataset_path=str(file), split="train")
     return open_dataset(copy, trainer=trainer).example(0)
+
+
+@pytest.mark.slow  # six programs compiled for eight devices
+def test_a_tiny_model_trains_by_it(recipe: Path, tmp_path: Path, tiny_chat_model: Path) -> None:
+    recorded = load(str(recipe)).config
+    name, file = recorded.data.train.datasets[0].dataset_name, tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(ROWS[name]) + "\n") * 32, encoding="utf-8")
+    options = {
+        "model.model_name": tiny_chat_model,
+        "model.model_max_length": 64,
+        "data.train.datasets": f"[{{dataset_name: {name}, dataset_path: {file}}}]",
+        "data.validation.datasets": "[]",
+        "training.eval_strategy": "'no'",
+        "training.output_dir": tmp_path / "out",
+        "training.per_device_train_batch_size": 2,
+        "training.gradient_accumulation_steps": 1,
+        "training.learning_rate": 1e-2,
+        "training.warmup_steps": 0,
+        "training.max_steps": 4,
+        "training.logging_steps": 1,
+        "training.token_cache_dir": "null",
+        "training.compile_cache_dir": "null",
+    }
+    run(load(str(recipe), [f"--{key}={value}" for key, value in options.items()]))
+    lines = (tmp_path / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]

@@ -26,9 +26,10 @@ def test_a_script_stops_at_the_first_failure(script: Path) -> None:
     assert next(line for line in lines if not line.startswith("#")) == "set -euo pipefail"
 
 
-def test_quickstart_names_the_devices_it_knows() -> None:
+def test_quickstart_names_the_devices_and_tasks_it_knows() -> None:
     done = subprocess.run(["bash", ROOT / "launch/quickstart.sh", "gpu"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "quickstart.sh: 'gpu' is no device; allowed: cpu, cuda, tpu\n")
+    said = "quickstart.sh: 'gpu' is neither a device nor a task; allowed: cpu, cuda, tpu, sft, dpo\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_an_interpreter_too_old_or_missing_is_named(tmp_path: Path) -> None:
