@@ -4,6 +4,7 @@ Ours runs on eight fake devices with one row each where TRL has a batch of eight
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -58,13 +59,12 @@ def strings(count: int = 80) -> list[dict[str, str]]:
     ]
 
 
-def labelled(count: int = 80) -> list[dict[str, Any]]:
-    """The same rows with one answer each, two of three wanted, unevenly spread; the third eight have none to avoid."""
+def labelled(count: int = 80, *, none_to_avoid: slice = slice(0)) -> list[dict[str, Any]]:
+    """The same rows with one answer each, five of seven wanted, and of those of `none_to_avoid` all."""
     rows = []
     for i, row in enumerate(pairs(count)):
-        wanted = 16 <= i < 24 or (i * i) % 7 in (0, 1, 2)
-        answer = row["chosen" if wanted else "rejected"]
-        rows.append({"prompt": row["prompt"], "completion": answer, "label": wanted})
+        wanted = i in range(count)[none_to_avoid] or (i * i) % 7 != 4
+        rows.append({"prompt": row["prompt"], "completion": row["chosen" if wanted else "rejected"], "label": wanted})
     return rows
 
 
@@ -74,7 +74,9 @@ def adapter_of_peft(model: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(folder)
     random, file = np.random.default_rng(0), folder / WEIGHTS[True]
     tensors = {
         name: random.normal(scale=0.02 if "lora_B" in name else 0.1, size=value.shape).astype(np.float32)
@@ -186,15 +188,17 @@ def _einkorn(file: Path, *, before: Path) -> Run:
 def assert_same(ours: Run, theirs: Run, *, beta: float = 0.1, but: Sequence[str] = ()) -> None:
     """Every number that TRL logs, 1e-4 relative, and what was learned, 1e-3 relative; `but` names what differs.
 
-    A reward is beta times the difference of two log-probabilities, and cannot be closer than these are in float32.
+    What is a difference of larger numbers cannot be closer than these are in float32: rewards and log odds, of
+    log-probabilities, and the mean logit, of logits of either sign and some 0.2 in this model.
     """
-    rounding = beta * 2e-6 * max(np.nanmax(np.abs(theirs.log[name])) for name in ("logps/chosen", "logps/rejected"))
+    summed = 2e-6 * max(np.nanmax(np.abs(theirs.log[name])) for name in ("logps/chosen", "logps/rejected"))
+    rounding = {"rewards/": beta * summed, "kl": summed, "log_odds": summed, "logits/": 5e-7}
     for name in sorted(theirs.log.keys() - set(but)):
         np.testing.assert_allclose(
             ours.log[name],
             theirs.log[name],
             rtol=1e-12 if name == "learning_rate" else 1e-4,
-            atol=rounding if name.startswith("rewards/") or name == "kl" else 0,
+            atol=next((size for start, size in rounding.items() if name.startswith(start)), 0),
             err_msg=name,
         )
     for name, value in theirs.before.items():
