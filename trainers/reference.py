@@ -42,13 +42,14 @@ def reference_leaves(trained: Params, *, adapter_is_new: bool) -> Params | None:
     return nested(leaves) or None
 
 
-def moved(reference: Params, policy: Params, sync: Sync, *, step: jax.Array) -> Params:
-    """The reference after optimizer step `step` (from 1)."""
+def moved(reference: Params, policy: Params, sync: Sync, *, step: jax.Array, ok: jax.Array) -> Params:
+    """The reference after optimizer step `step` (from 1); not `ok`, that step changed nothing."""
 
     def one(old: jax.Array, new: jax.Array) -> jax.Array:
         return ((1 - sync.share) * old + sync.share * new).astype(old.dtype)
 
-    return jax.lax.cond(step % sync.every == 0, lambda: jax.tree.map(one, reference, policy), lambda: reference)
+    now = ok & (step % sync.every == 0)
+    return jax.lax.cond(now, lambda: jax.tree.map(one, reference, policy), lambda: reference)
 
 
 def reference_params(frozen: Frozen) -> Params:

@@ -103,7 +103,7 @@ def build_step(
         )
         metrics = {"loss": total.mean(), "grad_norm": norm, **{name: each.mean() for name, each in others.items()}}
         step = state.step + ok.astype(jnp.int32)
-        reference = moved(state.reference, params, sync, step=jnp.where(ok, step, -1)) if sync else None
+        reference = moved(state.reference, params, sync, step=step, ok=ok) if sync else None
         return TrainState(step, params, opt_state, ~ok, reference), {**metrics, "halted": ~ok}
 
     def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Sum]:
