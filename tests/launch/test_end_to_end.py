@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_rows_and_checkpoint(fi
     ("words", "message"),
     [
         (("--training.learning_rat", "1"), "training.learning_rate"),
-        (("--training.trainer_type", "TRL_DPO"), "not implemented yet: training.trainer_type"),
+        (("--training.trainer_type", "TRL_DPO"), "not implemented yet with training.trainer_type TRL_DPO"),
         (("--model.model_name", "no-such-folder"), "no-such-folder is no local folder"),
         (("--data.train.datasets[0].dataset_path", "no.jsonl"), "no.jsonl"),
         (("--mesh.fsdp", "3"), "mesh"),
