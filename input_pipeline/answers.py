@@ -62,7 +62,8 @@ def encode_answers(
     """Token ids of every row: of each answer its prompt and itself, cut to `max_length`, one after the other.
 
     `Tokens.trained` holds marks, uint8: 0 of prompts, 1 of a wanted answer, 2 of an unwanted one. A prompt of
-    `max_length` tokens or more leaves no room for an answer: nothing of its row is marked.
+    `max_length` tokens or more leaves no room for an answer: nothing of its row is marked. A single answer is kept as
+    long as any prompt could leave it room, since it may be set beside another row's (`pairs.Answered` cuts it).
     """
     by = words or Whole(tokenizer)
     ids: dict[tuple[bool, str], np.ndarray] = {}
@@ -140,10 +141,11 @@ def _cut(
 ) -> Tokens:
     """Prompt and answer, prompt and answer, …, each cut at its end."""
     room = None if max_length is None else max(0, max_length - len(prompt))
-    kept = [answer[:room] for answer in answers]
-    over_long = any(len(short) < len(answer) for short, answer in zip(kept, answers, strict=True))
+    over_long = room is not None and any(len(answer) > room for answer in answers)
     if room == 0:
         return Tokens(prompt[:0], np.zeros(0, np.uint8), over_long, 0)
+    longest = room if max_length is None or len(answers) > 1 else max_length - 1
+    kept = [answer[:longest] for answer in answers]
     none = np.zeros(len(prompt), np.uint8)
     ids = np.concatenate([part for answer in kept for part in (prompt, answer)])
     of_each = zip(kept, marks, strict=True)

@@ -1,6 +1,7 @@
 """What the model will see: a row token by token with the trained ones marked, and how long the rows are."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,18 +12,19 @@ from rich.text import Text
 from input_pipeline.collate import bucket_length
 from input_pipeline.reading import Data
 
-TRAINED, CONTEXT = "bold green", "dim"
-OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no colour
+STYLES = {0: "dim", 1: "bold green", 2: "bold red"}  # not trained; trained; of an answer that is to become unlikely
+BRACKETS = {0: ("", ""), 1: ("⟦", "⟧"), 2: ("⟪", "⟫")}  # around them where there is no colour
+NAMES = {0: "", 1: "trained", 2: "unwanted"}
 _BAR = 48  # characters of the longest bar
 
 
 class TokenView(NamedTuple):
-    """A token as text (a piece of a character shows as the tokenizer's own name for it), its id, and whether it is in
-    the loss."""
+    """A token as text (a piece of a character shows as the tokenizer's own name for it), its id, and how it is in the
+    loss: 0 not, 1 trained, 2 of an unwanted answer (`answers.py`)."""
 
     text: str
     id: int
-    trained: bool
+    mark: int
 
 
 class Bar(NamedTuple):
@@ -39,7 +41,7 @@ def view_row(data: Data, row: int, tokenizer: Any) -> list[TokenView]:
         raise ValueError(f"there is no row {row}: the data has rows 0 to {len(data.store) - 1}")
     ids, trained = data.store[row]
     texts = [_text_of(int(token), tokenizer) for token in ids]
-    return [TokenView(*view) for view in zip(texts, ids.tolist(), [False, *trained[1:].tolist()], strict=True)]
+    return [TokenView(*view) for view in zip(texts, ids.tolist(), [0, *map(int, trained[1:])], strict=True)]
 
 
 def length_histogram(data: Data) -> list[Bar]:
@@ -58,16 +60,18 @@ def print_row(console: Console, data: Data, row: int, tokenizer: Any, *, ids: bo
     with `ids`, one token a line with its id.
     """
     views = view_row(data, row, tokenizer)
-    in_loss = sum(view.trained for view in views)
+    counts = Counter(view.mark for view in views)
     bare = console.color_system is None or console.no_color
-    title = f"{data.name_of(row)}: {len(views)} tokens, {in_loss} trained"
-    console.print(Text(title + (f": {OPEN}in these{CLOSE}" if bare and not ids else ""), style="bold"))
+    parts = [f"{data.name_of(row)}: {len(views)} tokens"]
+    for mark in (1, 2) if counts[2] else (1,):
+        opening, closing = BRACKETS[mark]
+        parts.append(f"{counts[mark]} {NAMES[mark]}" + (f" {opening}in these{closing}" if bare and not ids else ""))
+    console.print(Text(", ".join(parts), style="bold"))
     if ids:
         for view in views:
-            line = f"{view.id:>8}  {'trained' if view.trained else '       '}  {view.text!r}"
-            console.print(Text(line, style=TRAINED if view.trained else CONTEXT))
+            console.print(Text(f"{view.id:>8}  {NAMES[view.mark]:<8}  {view.text!r}", style=STYLES[view.mark]))
         return
-    console.print(Text.assemble(*_pieces(views, OPEN if bare else "", CLOSE if bare else "")))
+    console.print(Text.assemble(*_pieces(views, bare=bare)))
 
 
 def print_histogram(console: Console, data: Data) -> None:
@@ -86,11 +90,12 @@ def print_histogram(console: Console, data: Data) -> None:
         console.print(Text(line))
 
 
-def _pieces(views: Sequence[TokenView], opening: str, closing: str) -> Iterator[tuple[str, str]]:
-    """Text and style of each run of tokens that are trained, or are not."""
-    for trained, run in itertools.groupby(views, lambda view: view.trained):
+def _pieces(views: Sequence[TokenView], *, bare: bool) -> Iterator[tuple[str, str]]:
+    """Text and style of each run of tokens of one mark."""
+    for mark, run in itertools.groupby(views, lambda view: view.mark):
         text = "".join(view.text for view in run)
-        yield (f"{opening}{text}{closing}", TRAINED) if trained else (text, CONTEXT)
+        opening, closing = BRACKETS[mark] if bare else ("", "")
+        yield f"{opening}{text}{closing}", STYLES[mark]
 
 
 def _text_of(token: int, tokenizer: Any) -> str:

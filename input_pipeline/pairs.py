@@ -45,7 +45,7 @@ class Laid(NamedTuple):
 
 @dataclass(frozen=True)
 class Answered:
-    """The rows of a store as lines; a partner's answer is cut to `max_length` tokens with the prompt before it."""
+    """The rows of a store as lines; an answer is cut to `max_length` tokens with the prompt before it."""
 
     store: TokenStore
     laid: Laid
@@ -58,36 +58,31 @@ class Answered:
         prompt, answers = sides(*self.store[index])
         if self.laid.partners is not None:
             _, (other,) = sides(*self.store[int(self.laid.partners[index])])
-            answers = [*answers, Answer(other.ids[: self._room(len(prompt))], OTHERS)]
+            answers = [*answers, other._replace(branch=OTHERS)]
+        answers = [answer._replace(ids=answer.ids[: self._room(len(prompt))]) for answer in answers]
         reference = None if self.laid.reference is None else self.laid.reference[index]
         return answers_line(prompt, answers, row=int(index), shared=self.laid.shared, reference=reference)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each line, int64 [R]."""
         prompts, answers = self._prompts_and_answers()
-        others = self._others(prompts, answers)
         if self.laid.shared:
-            return prompts - 1 + sum(1 + n for n in (*answers, *others))
-        return sum(prompts + n for n in (*answers, *others))
+            return prompts - 1 + sum(1 + n for n in answers)
+        return sum(prompts + n for n in answers)
 
     def longest_document(self) -> int:
         """The most places of a line that lie between two tokens of which one sees the other, and one more."""
         if self.laid.shared:
             return int(self.lengths().max())
         prompts, answers = self._prompts_and_answers()
-        return int(max((prompts + n).max() for n in (*answers, *self._others(prompts, answers))))
-
-    def _others(self, prompts: np.ndarray, answers: list[np.ndarray]) -> list[np.ndarray]:
-        if self.laid.partners is None:
-            return []
-        return [np.minimum(answers[0][self.laid.partners], self._room(prompts))]
+        return int(max((prompts + n).max() for n in answers))
 
     def _room(self, prompt: Any) -> Any:
         """How many tokens an answer may have after a prompt of so many."""
         return (2**31 if self.max_length is None else self.max_length) - prompt
 
     def _prompts_and_answers(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Tokens of each row's prompt, and of each of its answers."""
+        """Tokens of each line's prompt, and of each of its answers."""
         offsets = np.asarray(self.store.offsets)
         marks = np.asarray(self.store.trained)
         begins = np.flatnonzero(np.diff(marks.astype(np.int8), prepend=np.int8(0)) > 0)  # 0 → 1 or 2: an answer
@@ -95,7 +90,10 @@ class Answered:
         each = (len(begins) // len(self)) if len(self) else 1  # every row has as many answers
         prompts = begins[::each] - offsets[:-1]
         lengths = (ends - begins).reshape(-1, each)
-        return prompts, [lengths[:, i] for i in range(each)]
+        answers = [lengths[:, i] for i in range(each)]
+        if self.laid.partners is not None:
+            answers.append(answers[0][self.laid.partners])
+        return prompts, [np.minimum(n, self._room(prompts)) for n in answers]
 
 
 def sides(ids: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, list[Answer]]:

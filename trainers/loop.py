@@ -208,7 +208,7 @@ def _evaluate(run: Run, state: TrainState, done: int) -> None:
     assert run.evaluation is not None
     with run.meter.pause():
         sums = evaluate(run.step, state.params, state.frozen(run.frozen), run.mesh, run.evaluation())
-    found = {name: float(each.mean()) for name, each in sums.items()} | run.measures(sums)
+    found = {name: float(each.mean()) for name, each in sums.items() if float(each.count)} | run.measures(sums)
     values = {f"eval_{name}": value for name, value in found.items()}
     run.progress.show(done, run.metrics.log(done, values, epoch=_epoch(run, done)))
 

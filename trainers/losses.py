@@ -26,6 +26,10 @@ class Sum(NamedTuple):
         """`total / count`, and 0 where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1.0)
 
+    def mean_if_any(self) -> jax.Array:
+        """`total / count`, and NaN where nothing was counted."""
+        return jnp.where(self.count > 0, self.mean(), jnp.nan)
+
 
 class TokenSums(NamedTuple):
     """Sums over supervised tokens, in nats: the loss, the entropy of the prediction, how often the target ranked first,

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 
 class Window:
-    """Means over the steps since the last log, from (total, count) pairs: sum of totals over sum of counts.
+    """Means over the steps since the last log, from (total, count) pairs: sum of totals over sum of counts. A total
+    that is NaN is of a step that had nothing to count, and is left out.
 
     Totals and counts stay on the devices until `means`, so adding a step waits for nothing. What is to be a mean of
     step means, as transformers logs its loss, is added as (mean, 1).
@@ -42,7 +43,8 @@ class Window:
         totals: dict[str, np.ndarray] = {}
         for sums in jax.device_get(self._steps):
             for name, pair in sums.items():
-                totals[name] = totals.get(name, np.zeros(2)) + np.asarray([float(part) for part in pair])
+                if not math.isnan(pair[0]):
+                    totals[name] = totals.get(name, np.zeros(2)) + np.asarray([float(part) for part in pair])
         self._steps.clear()
         return {name: float(total / count) for name, (total, count) in totals.items() if count}
 

@@ -48,7 +48,8 @@ class Step(NamedTuple):
     """The compiled functions of a run, and where everything lies.
 
     train(state, frozen, batch [A, B, L]) -> (state, metrics): donates `state`. Metrics are float32 scalars: `loss`,
-    `grad_norm` (before clipping) and those of the method, and `halted`. evaluate(params, frozen, batch) -> {name: Sum},
+    `grad_norm` (before clipping), `halted`, and
+    those of the method, NaN where nothing was counted. evaluate(params, frozen, batch) -> {name: Sum},
     with `loss` among them. init(params) -> state, where params may be donated.
     """
 
@@ -101,7 +102,8 @@ def build_step(
         params, opt_state = optimizer.update(
             grads, state.opt_state, state.params, step=state.step, scale=clip_scale(norm, max_grad_norm) / count, ok=ok
         )
-        metrics = {"loss": total.mean(), "grad_norm": norm, **{name: each.mean() for name, each in others.items()}}
+        means = {name: each.mean_if_any() for name, each in others.items()}
+        metrics = {"loss": total.mean(), "grad_norm": norm, **means}
         step = state.step + ok.astype(jnp.int32)
         reference = moved(state.reference, params, sync, step=step, ok=ok) if sync else None
         return TrainState(step, params, opt_state, ~ok, reference), {**metrics, "halted": ~ok}

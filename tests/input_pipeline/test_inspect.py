@@ -25,7 +25,7 @@ def data(tokenizer, tmp_path_factory):
 
 def test_a_row_is_shown_token_by_token_with_what_is_in_the_loss(data, tokenizer):
     views = view_row(data, 0, tokenizer)
-    assert "".join(view.text for view in views if view.trained) == "you<|im_end|>\n"
+    assert "".join(view.text for view in views if view.mark) == "you<|im_end|>\n"
     assert [view.id for view in views] == data.store[0][0].tolist()
     assert [view.text for view in views if view.text in ("Ã", "©")] == ["Ã", "©"]  # é, in two tokens
     with pytest.raises(ValueError, match="there is no row 5: the data has rows 0 to 4"):
@@ -53,5 +53,20 @@ def test_where_there_is_no_colour_trained_tokens_stand_in_brackets(data, tokeniz
     console = Console(file=io.StringIO(), width=1000)
     print_row(console, data, 0, tokenizer)
     title, *lines = console.file.getvalue().splitlines()
-    assert title.endswith("3 trained: ⟦in these⟧")
+    assert title.endswith("3 trained ⟦in these⟧")
     assert "\n".join(lines).partition("⟦")[2] == "you<|im_end|>\n⟧"
+
+
+def test_of_a_pair_the_unwanted_answer_has_a_colour_and_brackets_of_its_own(tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "chosen": "you", "rejected": "you you"}) + "\n")
+    split = {"datasets": [{"dataset_name": "preference_pairs_jsonl", "dataset_path": str(path)}]}
+    data = read_data(split, tokenizer, reading=Reading(max_length=160, seed=0, trainer="TRL_DPO", answers="trl"))
+    bare = Console(file=io.StringIO(), width=1000)
+    print_row(bare, data, 0, tokenizer)
+    title, *lines = bare.file.getvalue().splitlines()
+    assert title.endswith("2 trained ⟦in these⟧, 3 unwanted ⟪in these⟫")
+    assert "\n".join(lines) == "Hi⟦you<|im_end|>⟧Hi⟪you you<|im_end|>⟫"
+    coloured = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+    print_row(coloured, data, 0, tokenizer)
+    assert "\x1b[1;31myou you" in coloured.file.getvalue()

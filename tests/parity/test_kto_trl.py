@@ -40,18 +40,9 @@ CASES = {
     ),
 }
 QUICK = "kto, weighted, two microbatches"
-DIFFERENT = {
-    "kto, answers and prompts that are cut": "ours cuts another row's answer to that row's own length first",
-    "kto, a batch without an answer to avoid": "ours logs a mean of nothing as 0, TRL leaves it out",
-}
 
 
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    slow = [] if name == QUICK else [pytest.mark.slow]
-    return slow + ([pytest.mark.xfail(reason=DIFFERENT[name], strict=True)] if name in DIFFERENT else [])
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in CASES])
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != QUICK)])
 def test_ten_steps_are_those_of_trl(name, tiny_chat_model, tmp_path):
     case = CASES[name]
     ours, theirs = both(

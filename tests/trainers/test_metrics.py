@@ -46,6 +46,13 @@ def test_a_window_divides_once_and_counts_tokens_not_steps():
     assert window.means() == {}
 
 
+def test_a_step_that_had_nothing_to_count_is_left_out_of_a_mean():
+    window = Window()
+    window.add({"rewards/rejected": (jnp.float32(jnp.nan), 1.0), "kl": (jnp.nan, 1.0)})
+    window.add({"rewards/rejected": (jnp.float32(3.0), 1.0), "kl": (jnp.nan, 1.0)})
+    assert window.means() == {"rewards/rejected": 3.0}
+
+
 def test_an_event_goes_to_the_file_and_its_numbers_to_tensorboard(tmp_path):
     with Metrics(tmp_path) as metrics:
         metrics.log(10, {"loss": jnp.float32(1.25), "learning_rate": np.float64(1e-4)}, epoch=0.5)
