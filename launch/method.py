@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import derived
 from configs.methods import PREFERENCE
 from launch.assemble import Model, compute_of
-from launch.preferences import frozen_of, loss_of, sync_of
+from launch.preferences import computes_reference, frozen_of, loss_of, sync_of
 from models.lora import Parts
 from trainers.reference import Frozen, Sync, copied
 from trainers.sft import cross_entropy_alone, sft_loss
@@ -20,7 +20,7 @@ from trainers.step import Loss
 
 class Method(NamedTuple):
     """A method of training. `frozen` makes of a model's parts what its losses are given beside the parameters; it
-    copies nothing. `draws`: whether the loss is random.
+    copies nothing. `draws`: whether the loss is random. `forwards`: passes through the model beside the trained one.
     """
 
     loss: Loss
@@ -28,6 +28,7 @@ class Method(NamedTuple):
     frozen: Callable[[Parts], Any]
     draws: bool
     sync: Sync | None = None
+    forwards: int = 0
 
     def beside(self, parts: Parts, *, given_away: bool) -> Any:
         """What the losses are given beside the parameters; `given_away` says that those of `parts` will not stay, so
@@ -49,6 +50,7 @@ def method_of(config: ConfigDict, model: Model, *, longest_document: int) -> Met
             frozen=lambda parts: frozen_of(config, model, parts),
             draws=drops and not config.training.trainer_kwargs.disable_dropout,
             sync=sync_of(config, model),
+            forwards=int(computes_reference(config)),
         )
     (kind,) = derived.loss_types(config)
     shaping: dict[str, Any] = {"kind": kind, "label_smoothing": config.training.trainer_kwargs.label_smoothing_factor}

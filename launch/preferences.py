@@ -93,8 +93,7 @@ def shares_prompt(config: ConfigDict, model: Model) -> bool:
 
 def frozen_of(config: ConfigDict, model: Model, parts: Parts) -> Frozen:
     """What the loss is given beside the parameters; nothing is copied."""
-    kwargs = config.training.trainer_kwargs
-    if kwargs.precompute_ref_log_probs or kwargs.sync_ref_model or not _compares(config):
+    if not computes_reference(config) or config.training.trainer_kwargs.sync_ref_model:
         return Frozen(parts.frozen, None)
     return Frozen(parts.frozen, reference_leaves(parts.trained, adapter_is_new=model.has_new_adapter))
 
@@ -112,6 +111,11 @@ def lay_out_of(config: ConfigDict, model: Model, mesh: Mesh, *, compute_referenc
         return laid._replace(reference=known_log_probabilities(config, model, mesh, data, laid)) if known else laid
 
     return lay_out
+
+
+def computes_reference(config: ConfigDict) -> bool:
+    """Whether each step computes what the reference says of its batch."""
+    return _compares(config) and not config.training.trainer_kwargs.precompute_ref_log_probs
 
 
 def _compares(config: ConfigDict) -> bool:

@@ -83,8 +83,8 @@ def _train(
         frozen = parts.frozen
     else:
         state, meta = resumed
-        beside = frozen = None
-        if jax.tree.leaves(method.frozen(assemble.abstract_parts(model))):
+        beside, frozen = method.frozen(assemble.abstract_parts(model)), None
+        if jax.tree.leaves(beside):
             parts = first_weights(config, model, mesh)
             beside, frozen = method.beside(parts, given_away=False), parts.frozen
     start = int(state.step)
@@ -111,7 +111,7 @@ def _train(
             schedule=plan,
             learning_rate=learning_rate,
             metrics=metrics,
-            meter=_meter(model, mesh, plan, start, feed),
+            meter=_meter(model, mesh, plan, start, feed, forwards=method.forwards),
             progress=progress,
             checkpoints=checkpoints,
             evaluation=evaluation(validation),
@@ -308,7 +308,7 @@ def _measures(config: ConfigDict, validation: Feed | None) -> Callable[[Any], di
     return lambda sums: text_measures(sums, text_bytes=validation.counts.text_bytes)
 
 
-def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> Throughput:
+def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed, *, forwards: int) -> Throughput:
     count = assemble.parameter_count(model)
     flops = flops_per_token(
         trained=count.trained_products,
@@ -317,6 +317,7 @@ def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed) -> 
         heads=model.config.heads,
         head_dim=model.config.head_width,
         context=mean_length(feed.counts, default=feed.longest),
+        forwards=forwards,
     )
     device = mesh.devices.flat[0]
     return Throughput(

@@ -46,15 +46,19 @@ def peak_flops(device_kind: str) -> float | None:
     return _TPU_PEAKS[device_kind] * 1e12 if device_kind in _TPU_PEAKS else None
 
 
-def flops_per_token(*, trained: int, frozen: int = 0, layers: int, heads: int, head_dim: int, context: float) -> float:
+def flops_per_token(
+    *, trained: int, frozen: int = 0, layers: int, heads: int, head_dim: int, context: float, forwards: int = 0
+) -> float:
     """FLOPs a decoder needs to train on one token: 6 N + 12 layers · heads · head_dim · context.
 
     trained, frozen: parameters used in matrix products; a table that is only looked up does not count, one that is also
     the output head does. A frozen one costs 4 instead of 6: its gradient is not needed, that of its input is. context:
     tokens attended to, the row's length by PaLM's convention (causal masking not deducted), the mean length of
-    documents in packed rows.
+    documents in packed rows. `forwards`: how often the token goes forward besides, as through a reference, each a third
+    of a whole model's training.
     """
-    return 6 * trained + 4 * frozen + 12 * layers * heads * head_dim * context
+    attention = 12 * layers * heads * head_dim * context
+    return 6 * trained + 4 * frozen + attention + forwards * (2 * (trained + frozen) + attention / 3)
 
 
 class Throughput:

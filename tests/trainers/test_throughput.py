@@ -44,6 +44,10 @@ def test_hardware_utilisation_of_palm_counts_a_quarter_more_for_recomputation():
 
 def test_frozen_parameters_cost_two_thirds():
     assert flops_per_token(trained=10, frozen=100, **NO_ATTENTION) == 460
+    assert flops_per_token(trained=10, frozen=100, **NO_ATTENTION, forwards=1) == 460 + 220
+    assert flops_per_token(trained=540e9, **PALM, forwards=3) == pytest.approx(
+        2 * flops_per_token(trained=540e9, **PALM)
+    )
 
 
 @pytest.mark.parametrize(
