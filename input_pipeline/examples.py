@@ -13,6 +13,7 @@ BAD_KINDS = {
     "empty": "empty",
     "roles": "roles out of order",
     "image": "image missing or broken",
+    "length": "too long",
     "template": "cannot be rendered or masked",
     "transform": "not taken by dataset_kwargs.transform",
 }

@@ -80,6 +80,7 @@ KNOWN = {
     # reinforcement learning: read as the trainer that runs needs them
     "trl-lib/tldr": Known(transform="tldr"),
     "openai/gsm8k": Known(transform="gsm8k", tells_split=True),
+    "gsm8k": Known(transform="gsm8k", tells_split=True),
     "d1shs0ap/countdown": Known(transform="countdown", tells_split=True),
     "Jiayi-Pan/Countdown-Tasks-3to4": Known(transform="countdown", tells_split=True),
     "oumi-ai/oumi-letter-count": Known(transform="letter_count"),

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -106,11 +106,25 @@ class Streams:
         return digest.hexdigest()
 
 
-def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Data:
-    """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
+class Chosen(NamedTuple):
+    """The datasets of a split, the rows that an epoch has of them, int64 [R, 2] of (dataset, row), and by how many
+    processes these are tokenised.
+    """
+
+    datasets: tuple[Dataset, ...]
+    picks: np.ndarray
+    workers: int | str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the datasets."""
+        return tuple(dataset.rows.name for dataset in self.datasets)
+
+
+def choose(split: Mapping[str, Any], *, reading: Reading, what: str) -> Chosen:
+    """Open the datasets of a split and choose the rows of an epoch, in order."""
     entries = _entries(split, what)
     datasets = _opened(open_dataset, entries, split, reading=reading, what=what)
-    encoder = _encoder([dataset.meaning for dataset in datasets], split, tokenizer, reading=reading, what=what)
     picks = _pick(
         entries,
         datasets,
@@ -119,24 +133,31 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
         seed=reading.seed,
     )
     workers = next((entry.transform_num_workers for entry in entries if entry.transform_num_workers), None)
-    tokenizing, names = Tokenizing(datasets, encoder), tuple(dataset.rows.name for dataset in datasets)
+    return Chosen(datasets, picks, workers)
+
+
+def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str = "train") -> Data:
+    """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
+    chosen = choose(split, reading=reading, what=what)
+    meanings = [dataset.meaning for dataset in chosen.datasets]
+    tokenizing = Tokenizing(chosen.datasets, _encoder(meanings, split, tokenizer, reading=reading, what=what))
     store, counts, notices = tokenize_rows(
-        tokenizing, picks, workers=workers, progress=reading.progress, cache=reading.cache
+        tokenizing, chosen.picks, workers=chosen.workers, progress=reading.progress, cache=reading.cache
     )
     too_many_bad(counts, split.get("max_bad_row_fraction"))
     if not len(store):
         raise ValueError(
-            f"{what} dataset {', '.join(names)} has 0 usable rows (read {counts.read}, bad {counts.bad},"
+            f"{what} dataset {', '.join(chosen.names)} has 0 usable rows (read {counts.read}, bad {counts.bad},"
             f" without a trained token within max_length {reading.max_length}: {counts.untrained})"
         )
-    remarks = (*(note for dataset in datasets for note in dataset.meaning.notices), *notices)
+    remarks = (*(note for meaning in meanings for note in meaning.notices), *notices)
     longest = int(store.lengths.max())
     allowed = reading.max_length or longest
     return Data(
         store=store,
         counts=counts,
         where=tokenizing.where,
-        names=names,
+        names=chosen.names,
         max_length=allowed,
         limit=reading.max_length,
         notices=remarks,
@@ -201,13 +222,14 @@ def _opened(
     opener: Callable[..., Opened], entries: Sequence[Entry], split: Mapping[str, Any], *, reading: Reading, what: str
 ) -> tuple[Opened, ...]:
     """What `opener`, of rows by index or of streams, makes of each entry."""
-    skip = _skips(split, what)
+    skip = skips_bad_rows(split, what)
     return tuple(
         opener(entry, skip_bad_rows=skip, text_field=reading.text_field, trainer=reading.trainer) for entry in entries
     )
 
 
-def _skips(split: Mapping[str, Any], what: str) -> bool:
+def skips_bad_rows(split: Mapping[str, Any], what: str) -> bool:
+    """Whether rows that cannot be used are skipped and counted."""
     return _one_of(split.get("on_bad_row") or "raise", ("raise", "skip"), f"data.{what}.on_bad_row") == "skip"
 
 
@@ -225,7 +247,7 @@ def _encoder(
         masks=tuple(_mask_of(meaning, mask) for meaning in meanings),
         template=Template(tokenizer),
         max_length=None if packing_of(split, reading) in ("bfd_split", "wrapped") else reading.max_length,
-        skip_bad_rows=_skips(split, what),
+        skip_bad_rows=skips_bad_rows(split, what),
         required=_required(split.get("collator_kwargs") or {}, what),
         answers=reading.answers,
     )

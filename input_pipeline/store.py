@@ -12,9 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -153,9 +152,22 @@ class Encoded(NamedTuple):
     notices: frozenset[str]
 
 
+class Encodes(Protocol):
+    """What turns rows into tokens; picklable, so that a worker process can hold it."""
+
+    @property
+    def template(self) -> Template:
+        """The chat template, with its tokenizer."""
+
+    def __call__(self, rows: Sequence[Row], /) -> Encoded: ...
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides what rows become."""
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows into tokens; picklable, so that a worker process can hold it."""
+    """Turns rows that are trained on into tokens."""
 
     meanings: tuple[Meaning, ...]  # of each dataset
     masks: tuple[LossMask, ...]
@@ -203,22 +215,14 @@ class Encoder:
             text_bytes=sum(row.text_bytes for row in used),
             left_out=left_out,
             bad_kinds=dict(Counter(error.kind for error in bad.values())),
-            first_bad=_first_of_each(bad[place] for place in sorted(bad)),
+            first_bad=first_of_each(bad[place] for place in sorted(bad)),
         )
         return Encoded(tokens, counts, frozenset(notices))
 
     def fingerprint(self) -> str:
         """A hash of all that decides what rows become; two tokenizers that do the same have the same."""
-        tokenizer = self.template.tokenizer
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()  # not applied here, so a setting of it makes no difference
-        backend.no_padding()
         return key_of(
-            backend.to_str().encode(),
-            [type(tokenizer).__module__, type(tokenizer).__qualname__, tokenizer.split_special_tokens],
-            tokenizer.special_tokens_map,
-            tokenizer.chat_template,
-            [version(package) for package in ("tokenizers", "transformers", "jinja2")],
+            *self.template.facts(),
             [repr(meaning) for meaning in self.meanings],
             [list(mask) for mask in map(astuple, self.masks)],
             [self.max_length, self.skip_bad_rows, self.required, self.answers],
@@ -270,7 +274,7 @@ class Encoder:
         return error
 
 
-def _first_of_each(errors: Iterable[RowError]) -> dict[str, str]:
+def first_of_each(errors: Iterable[RowError]) -> dict[str, str]:
     """The first message of each kind."""
     first: dict[str, str] = {}
     for error in errors:
@@ -304,7 +308,7 @@ class Tokenizing:
     """Tokenises picked rows, [n, 2] of (dataset, row)."""
 
     datasets: tuple[Dataset, ...]
-    encoder: Encoder
+    encoder: Encodes
 
     def __call__(self, picks: np.ndarray) -> Chunk:
         rows = [self._row(int(dataset), int(row)) for dataset, row in picks]

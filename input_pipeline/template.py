@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import jinja2
@@ -42,6 +43,22 @@ class Template:
     def source(self, tools: Any = None) -> str:
         """The template's program (a tokenizer may have one of its own for chats with tools), with its date fixed."""
         return _with_fixed_date(self.tokenizer.get_chat_template(tools=tools))
+
+    def facts(self) -> tuple[Any, ...]:
+        """All that decides which tokens a chat or a text becomes; of two tokenizers that do the same they are the
+        same.
+        """
+        tokenizer = self.tokenizer
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # not applied here, so a setting of it makes no difference
+        backend.no_padding()
+        return (
+            backend.to_str().encode(),
+            [type(tokenizer).__module__, type(tokenizer).__qualname__, tokenizer.split_special_tokens],
+            tokenizer.special_tokens_map,
+            tokenizer.chat_template,
+            [version(package) for package in ("tokenizers", "transformers", "jinja2")],
+        )
 
     def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False, **kwargs: Any) -> str:
         """The chat as the tokenizer renders it; with `prompt`, ready for the assistant to answer."""
