@@ -122,8 +122,9 @@ def _source(entry: Entry) -> dict[str, Any]:
     """The arguments that open the rows of an entry."""
     listed, kwargs = known(entry.dataset_name), entry.dataset_kwargs
     name, path = _place(entry, listed)
+    kwargs_of_rows = {key: value for key, value in kwargs.items() if key not in (*KEYS, *_NAMES_PLACE)}
     if path or listed.rows:
-        check_keys(kwargs, others=(*_NAMES_PLACE, "dataset_size" if listed.rows else "sample_by"))
+        check_keys(kwargs, others=(*_NAMES_PLACE, *(listed.takes if listed.rows and not path else ("sample_by",))))
     elif ":" not in (name or ""):
         check_spelling(kwargs)
     return {
@@ -131,8 +132,14 @@ def _source(entry: Entry) -> dict[str, Any]:
         "path": path,
         "subset": entry.subset,
         "split": entry.split,
-        "kwargs": {key: value for key, value in kwargs.items() if key not in (*KEYS, *_NAMES_PLACE)},
+        "kwargs": {**kwargs_of_rows, **_drawn(entry, listed)},
     }
+
+
+def _drawn(entry: Entry, listed: Known) -> dict[str, Any]:
+    """What the entry itself says to a function that draws rows."""
+    said = {"seed": entry.seed, "split": entry.split.partition("[")[0]}
+    return {key: value for key, value in said.items() if key in listed.takes and value is not None}
 
 
 def _place(entry: Entry, listed: Known) -> tuple[str | None, str | None]:
@@ -145,7 +152,7 @@ def _place(entry: Entry, listed: Known) -> tuple[str | None, str | None]:
             raise ValueError(f"dataset_name {name!r} reads rows from a file: set dataset_path")
         return None, path
     if listed.rows:
-        return f"input_pipeline.synthetic:{listed.rows}", path
+        return listed.rows, path
     other = next((str(entry.dataset_kwargs[key]) for key in _NAMES_PLACE if entry.dataset_kwargs.get(key)), None)
     if other is not None:
         return other, path or (other if os.path.exists(other) else None)

@@ -24,7 +24,8 @@ class Known(NamedTuple):
     options: Mapping[str, Any] = _NOTHING  # of the format
     transform: str | None = None  # function of this file
     tells_split: bool = False  # that function is told which split the rows are of
-    rows: str | None = None  # function that makes them
+    rows: str | None = None  # function that makes them, `module:function`
+    takes: tuple[str, ...] = ()  # what it is called with: names of dataset_kwargs, and the entry's `seed` and `split`
     from_file: bool = False  # dataset_path says where they are
     of_any: bool = False  # it is no dataset, but a way to read any; dataset_kwargs.hf_dataset_path names one
 
@@ -42,11 +43,18 @@ _CHAT, _SHAREGPT, _TEXT, _CODE = (
     Known("text", {"text": "content"}),
 )
 _FILE = Known(from_file=True)
+_DRAWN = ("size", "seed", "split")
+_PUZZLES = ("fewest_numbers", "most_numbers", "highest_number", "lowest_target", "highest_target", "operations")
 
 
 def _answers(question: str, answer: str, context: str | None = None) -> Known:
     """A user's turn and the assistant's in columns of these names."""
     return Known("alpaca", {"instruction": question, "input": context, "output": answer}, {"empty_answers": True})
+
+
+def _made_up(name: str) -> Known:
+    """Rows that a function of `synthetic.py` makes."""
+    return Known(rows=f"input_pipeline.synthetic:{name}", takes=("dataset_size",))
 
 
 KNOWN = {
@@ -59,10 +67,21 @@ KNOWN = {
     "HuggingFaceDataset": _CHAT._replace(of_any=True),
     "PromptResponseDataset": _answers("instruction", "output")._replace(of_any=True),
     # made up
-    "debug_sft": Known(rows="debug_sft"),
-    "debug_dpo": Known(rows="debug_dpo"),
-    "debug_kto": Known(rows="debug_kto"),
-    "debug_pretraining": Known(rows="debug_pretraining"),
+    "debug_sft": _made_up("debug_sft"),
+    "debug_dpo": _made_up("debug_dpo"),
+    "debug_kto": _made_up("debug_kto"),
+    "debug_pretraining": _made_up("debug_pretraining"),
+    "countdown": Known(
+        rows="input_pipeline.countdown:countdown",
+        takes=(*_DRAWN, *_PUZZLES),
+        transform="countdown",
+        tells_split=True,
+    ),
+    "letter_count": Known(
+        rows="input_pipeline.letter_count:letter_count",
+        takes=(*_DRAWN, "shortest_word", "longest_word"),
+        transform="letter_count",
+    ),
     # SFT
     "tatsu-lab/alpaca": _ALPACA,
     "yahma/alpaca-cleaned": _ALPACA,
@@ -122,7 +141,9 @@ _STEPS = 'Let\'s think step by step and output the final answer after "####".'
 
 
 def countdown(row: Row, *, split: str) -> Row:
-    """`{target, nums}` as a row of verl's, with the prompt of TinyZero."""
+    """`{target, nums}` as a row of verl's, with the prompt of TinyZero; such a row as it is."""
+    if "prompt" in row:
+        return row
     numbers, target = [int(number) for number in row["nums"]], int(row["target"])
     question = _COUNTDOWN.format(nums=numbers, target=target)
     return {
@@ -135,7 +156,9 @@ def countdown(row: Row, *, split: str) -> Row:
 
 
 def gsm8k(row: Row, *, split: str) -> Row:
-    """`{question, answer}` as a row of verl's; the truth is what follows "####", without commas."""
+    """`{question, answer}` as a row of verl's, such a row as it is; the truth stands behind "####", without commas."""
+    if "prompt" in row:
+        return row
     question, answer = row["question"], row["answer"]
     found = re.search(r"#### (-?[0-9.,]+)", answer)
     if found is None:
@@ -150,7 +173,11 @@ def gsm8k(row: Row, *, split: str) -> Row:
 
 
 def letter_count(row: Row) -> Row:
-    """`{messages, metadata}` as a prompt that asks for a boxed number, with the number beside it."""
+    """`{messages, metadata}` as a prompt that asks for a boxed number, with the number beside it; such a row as it
+    is.
+    """
+    if "prompt" in row:
+        return row
     return {
         "prompt": [{"role": "system", "content": _BOXED}, row["messages"][0]],
         "letter_count": row["metadata"]["letter_count_integer"],

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 
-from input_pipeline import formats, known, synthetic
+from input_pipeline import formats, known
 from input_pipeline.catalog import Entry, open_dataset, open_stream
 from input_pipeline.examples import BAD_KINDS, Chat, Completion, Feedback, Preference, Prompt, RowError, Text
+from input_pipeline.functions import named_function
 from input_pipeline.store import Encoder, Row
 
 
@@ -403,7 +404,7 @@ def test_what_the_table_of_known_sets_names_is_there(name):
     listed = known.known(name)
     assert listed.format is None or listed.format in formats.FORMATS
     assert listed.transform is None or callable(getattr(known, listed.transform))
-    assert listed.rows is None or callable(getattr(synthetic, listed.rows))
+    assert listed.rows is None or callable(named_function(listed.rows, key="rows"))
     assert known.known(name.upper()) == listed
 
 
