@@ -35,7 +35,7 @@ def token_logprobs(
     weights_BL: jax.Array | None = None,
     bias_V: jax.Array | None = None,
     softcap: float | None = None,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> jax.Array:
     """log p of every target [B, L], float32 nats, with gradients to hidden states, head and bias.
 
@@ -55,7 +55,7 @@ def token_scores(
     weights_BL: jax.Array | None = None,
     bias_V: jax.Array | None = None,
     softcap: float | None = None,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> dict[str, jax.Array]:
     """`logprob` of every target, and what else is asked for of its prediction: float32 arrays [B, L].
 
