@@ -1,6 +1,6 @@
 """The decoder: token ids → hidden states → vocabulary, for every family.
 
-B rows, L tokens, D width, K key heads, H head width, V vocabulary, n layers, S slots of the cache.
+B rows, L tokens, D width, K key heads, H head width, V vocabulary, n layers, S places of a row in the cache.
 
 The layer is a Flax NNX module (models/layers.py), built once without arrays and split; from there on parameters are a
 plain nested dict whose layers are stacked on a leading axis. `jax.lax.scan` runs them, a period of unlike layers at a
@@ -163,19 +163,20 @@ def routed_hidden_states(
 def cached_hidden_states(
     params: Params,
     config: DecoderConfig,
-    cache: Cache,
+    cache: Cache | list[Cache],
     *,
     tokens_BL: jax.Array,
     positions_BL: jax.Array,
     compute: Compute,
     lengths_B: jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:
-    """As `hidden_states` for new tokens that follow those in the cache; a position beyond the cache's slots is not
-    stored. `lengths_B` is how long each row's text now is, where padding makes its last position a later one.
+) -> tuple[jax.Array, Any]:
+    """As `hidden_states` for new tokens that follow those in the cache, and that cache with them; a position beyond the
+    cache's places is not stored. `lengths_B` is how long each row's text now is, where padding makes its last position
+    a later one. Parameters with their layers apart (`layers_apart`) go with a list of caches.
     """
-    B, S = cache.k.shape[1:3]
-    slots_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (B, S))
-    where = Where(positions_BL, slots_BS, jnp.ones_like(positions_BL), jnp.ones_like(slots_BS))
+    S = (cache[0] if isinstance(cache, list) else cache).k.shape[3]
+    places_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (positions_BL.shape[0], S))
+    where = Where(positions_BL, places_BS, jnp.ones_like(positions_BL), jnp.ones_like(places_BS))
     lengths_BL = None if lengths_B is None else lengths_B[:, None]
     x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=cache)
     assert new_cache is not None
@@ -183,9 +184,17 @@ def cached_hidden_states(
 
 
 def empty_cache(config: DecoderConfig, *, rows: int, slots: int, dtype: Any) -> Cache:
-    """A cache of zeros for `rows` sequences of at most `slots` tokens."""
-    shape = (config.layers, rows, slots, config.kv_heads, config.head_width)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    """A cache of zeros for `rows` sequences of at most `slots` tokens, split as activations are: rows, and heads."""
+    shape = (config.layers, rows, config.kv_heads, slots, config.head_width)
+    return Cache(*(constrain(jnp.zeros(shape, dtype), None, ROWS, "tensor", None, None) for _ in Cache._fields))
+
+
+def layers_apart(tree: Any, layers: int) -> list[Any]:
+    """A tree of leaves [n, ...] as one for each layer, of leaves [1, ...]; parameters with such `layers` are run one
+    after the other, with a list of caches that is made in the same way.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(structure, [leaf[i : i + 1] for leaf in leaves]) for i in range(layers)]
 
 
 def head(params: Params, config: DecoderConfig) -> Head:
@@ -203,8 +212,8 @@ def _run(
     lengths_BL: jax.Array | None,
     compute: Compute,
     *,
-    cache: Cache | None,
-) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+    cache: Any,
+) -> tuple[jax.Array, Any, RouterStats | None]:
     road = Road(
         tables={
             rope: rope.tables(where.q_positions_BL, lengths_BL)
@@ -212,7 +221,7 @@ def _run(
             if rope
         },
         where=where,
-        reach=None if cache is not None else compute.longest_document or tokens_BL.shape[1],
+        reach=_reach(where, None if cache is not None else compute.longest_document),
         attention=compute.attention,
         lora=compute.lora,
     )
@@ -222,11 +231,28 @@ def _run(
         lambda path, leaf: _cast(path[-1].key, leaf, compute.dtype), params["layers"]
     )
     total: RouterStats | None = None
-    for first, repeats, period in periods(config.each):
-        x_BLD, cache, stats = _scan(layers, x_BLD, cache, first, repeats, period, config, compute, road)
-        total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+    if isinstance(layers, list):
+        assert isinstance(cache, list)
+        cache = list(cache)
+        for number, layer in enumerate(config.each):
+            x_BLD, cache[number], stats = _scan(
+                layers[number], x_BLD, cache[number], 0, 1, (layer,), config, compute, road
+            )
+            total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+    else:
+        for first, repeats, period in periods(config.each):
+            x_BLD, cache, stats = _scan(layers, x_BLD, cache, first, repeats, period, config, compute, road)
+            total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     x_BLD = normed(x_BLD, params["norm"]["scale"], params["norm"].get("bias"), config)
     return x_BLD if config.logit_scale == 1.0 else x_BLD * config.logit_scale, cache, total
+
+
+def _reach(where: Where, longest_document: int | None) -> int | None:
+    """How far back a query may look, where keys stand at their queries' own places; None where they stand in a cache
+    that has more.
+    """
+    L = where.q_positions_BL.shape[1]
+    return None if where.k_positions_BS.shape[1] != L else longest_document or L
 
 
 def _cast(name: str, leaf: jax.Array, dtype: Any) -> jax.Array:
@@ -285,8 +311,12 @@ def _scan(
     graph, count = _graph(config, layers), repeats * len(period)
 
     def grouped(leaf: jax.Array) -> jax.Array:
-        some = leaf if count == config.layers else leaf[first : first + count]
-        return some.reshape(repeats, len(period), *leaf.shape[1:])
+        some = leaf if count == leaf.shape[0] else leaf[first : first + count]
+        # Between a loop over tokens and this one, XLA copies what is reshaped, in every turn.
+        return some if len(period) == 1 else some.reshape(repeats, len(period), *leaf.shape[1:])
+
+    def single(leaf: jax.Array) -> Sequence[jax.Array]:
+        return [leaf] if len(period) == 1 else jnp.unstack(leaf)
 
     def run(layer: Layer, weights: Params, x_BLD: jax.Array, slot: LayerCache | None):
         return nnx.merge(graph, weights)(x_BLD, road, layer, slot)
@@ -301,17 +331,18 @@ def _scan(
         weights, numbers = group
         leaves, structure = jax.tree.flatten(weights)
         total = None
-        each = zip(*map(jnp.unstack, leaves), strict=True)
-        for layer, number, one in zip(period, jnp.unstack(numbers), each, strict=True):
+        each = zip(*map(single, leaves), strict=True)
+        for layer, number, one in zip(period, single(numbers), each, strict=True):
             slot = None if cache is None else LayerCache(cache, number)
             x_BLD, slot, stats = run(layer, jax.tree.unflatten(structure, one), x_BLD, slot)
             cache = None if slot is None else slot.cache
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
         return (x_BLD, cache), total
 
-    numbers = jnp.arange(first, first + count).reshape(repeats, len(period))
+    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
     unroll = max(1, min(compute.scan_unroll // len(period), repeats))
-    (x_BLD, cache), stats = jax.lax.scan(body, (x_BLD, cache), (jax.tree.map(grouped, layers), numbers), unroll=unroll)
+    groups = jax.tree.map(grouped, (layers, numbers))
+    (x_BLD, cache), stats = jax.lax.scan(body, (x_BLD, cache), groups, unroll=unroll)
     return x_BLD, cache, jax.tree.map(lambda leaf: leaf.sum(axis=0), stats)
 
 

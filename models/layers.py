@@ -1,6 +1,7 @@
 """One layer of the decoder: norms, attention, MLP, and how they stand together.
 
-B rows, L tokens, D width, N query heads, K key heads, H head width, F width of the MLP, n layers, S slots of the cache.
+B rows, L tokens, D width, N query heads, K key heads, H head width, F width of the MLP, n layers, S places of a row in
+the cache.
 
 Modules are Flax NNX and are built abstractly, for their paths and shapes: parameters come from files, or from
 `models.decoder.init_params`. Every family is this one layer with some of `models.config.DecoderConfig`'s switches on.
@@ -35,7 +36,9 @@ class Road(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer [n, B, S, K, H]; slot s of a row holds its token at position s."""
+    """Keys and values of every layer [n, B, K, S, H], as attention multiplies them; place s of a row holds its token at
+    position s.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -50,18 +53,19 @@ class LayerCache(NamedTuple):
     layer: jax.Array
 
     def write(
-        self, k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BL: jax.Array
+        self, k_BLKH: jax.Array, v_BLKH: jax.Array, places_BL: jax.Array
     ) -> tuple[jax.Array, jax.Array, "LayerCache"]:
-        """Put new keys and values into their slots; returns this layer's keys and values [B, S, K, H], and the new
+        """Put new keys and values into their places; returns this layer's keys and values [B, S, K, H], and the new
         cache.
         """
-        rows_BL = jnp.arange(slots_BL.shape[0])[:, None] + jnp.zeros_like(slots_BL)
-        at = (self.layer, rows_BL, slots_BL)
+        rows_BL1 = jnp.arange(places_BL.shape[0])[:, None, None]
+        at = (self.layer, rows_BL1, jnp.arange(k_BLKH.shape[2])[None, None, :], places_BL[:, :, None])
         cache = Cache(
             self.cache.k.at[at].set(k_BLKH.astype(self.cache.k.dtype), mode="drop"),
             self.cache.v.at[at].set(v_BLKH.astype(self.cache.v.dtype), mode="drop"),
         )
-        return cache.k[self.layer], cache.v[self.layer], LayerCache(cache, self.layer)
+        k_BSKH, v_BSKH = (x[self.layer].transpose(0, 2, 1, 3) for x in cache)
+        return k_BSKH, v_BSKH, LayerCache(cache, self.layer)
 
 
 def _rms(x32: jax.Array, eps: float) -> jax.Array:

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.config import DecoderConfig, Layer
 from models.decoder import init_params
 from models.families import decoder_config
-from models.generate import Sampling, _cut, generate, stop_ids_of, stream
+from models.generate import Sampling, generate, stop_ids_of, stream
 from models.rope import Longer, Rope
+from models.sampling import cut
 from models.weights import load_params
 
 QUESTIONS = (
@@ -118,7 +119,7 @@ def test_an_answer_ends_before_the_stop_token(tiny):
 
 def test_top_k_and_top_p_keep_what_they_say():
     logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1]]))
-    kept = lambda **cut: np.isfinite(_cut(logits, Sampling(1.0, **cut)))[0].tolist()  # noqa: E731
+    kept = lambda **how: np.isfinite(cut(logits, Sampling(1.0, **how)))[0].tolist()  # noqa: E731
     assert kept(top_k=1, top_p=1.0) == [True, False, False, False]
     assert kept(top_k=0, top_p=0.5) == [True, False, False, False]
     assert kept(top_k=0, top_p=0.6) == [True, True, True, False]  # the two at 0.2 are one as likely as the other
