@@ -78,8 +78,8 @@ def test_chunks_give_log_softmax_and_its_gradients(seed, B, L, chunk, softcap, b
         found = plain(hidden, head, bias, targets, softcap=softcap) * kept
         return (found * matter).sum(), found
 
-    (_, value), grads = jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True)(hidden, head, bias)
-    (_, expected), wanted_grads = jax.value_and_grad(theirs, argnums=(0, 1, 2), has_aux=True)(hidden, head, bias)
+    both = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)) for f in (ours, theirs))
+    ((_, value), grads), ((_, expected), wanted_grads) = (run(hidden, head, bias) for run in both)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
