@@ -66,9 +66,8 @@ def complete(
     requests = [Request(tuple(p), n, most) for p, n, most in zip(prompts, numbers, longest, strict=True)]
     settings = Settings(sampling, stop_ids, seed, slots, block, _ends(stop_strings, decode))
     answers: dict[int, Answer] = {}
-    for index, answer in answer_requests(
-        params, config, requests, settings=settings, compute=_compute(params, compute)
-    ):
+    compute = _compute(params, compute)
+    for index, answer in answer_requests(params, config, requests, settings=settings, compute=compute):
         answers[index] = answer
     return [_generated(answers[index], sampling) for index in range(len(requests))]
 
