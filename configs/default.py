@@ -136,8 +136,8 @@ TRAINER_KWARGS: Table = {
     "loss_type": Key(
         None,
         list,
-        "SFT: nll (-log p) or dft (-p log p with p held fixed). DPO: one or several. null: nll, sigmoid, kto",
-        words=(*methods.SFT_LOSSES, *methods.DPO_LOSSES, *methods.KTO_LOSSES),
+        "SFT: nll (-log p) or dft (-p log p with p held fixed). DPO: one or several. null: nll, sigmoid, kto, dapo",
+        words=(*methods.SFT_LOSSES, *methods.DPO_LOSSES, *methods.KTO_LOSSES, *methods.GRPO_LOSSES),
     ),
     "label_smoothing_factor": Key(0.0, float, "share of the loss spread over all tokens", low=0, below=1),
     "packing_strategy": Key(
@@ -156,7 +156,7 @@ TRAINER_KWARGS: Table = {
     "average_tokens_across_devices": later(True, bool, "the loss is a mean over the tokens of all devices"),
     "eos_token": later(None, str, "token that ends a row"),
     "chat_template_path": later(None, str, "say model.chat_template"),
-    "shuffle_dataset": later(False, bool, "shuffle once before packing"),
+    "shuffle_dataset": Key(None, bool, "TRL_GRPO: ask prompts in another order every epoch; null: yes"),
     "neftune_noise_alpha": later(None, float, "noise on the embeddings"),
     "activation_offloading": later(False, bool, "keep activations in host memory"),
     "optim_args": later(None, str, "further arguments of the optimizer"),

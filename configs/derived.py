@@ -1,13 +1,17 @@
 """Where several keys decide one thing: pure functions of a configuration, and the only readers of those keys."""
 
 import hashlib
+import math
 import re
 from typing import Any, NamedTuple
+
+from configs import verl
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 REST = -1
 IN_TOKENS = ("num_decay_tokens", "num_stable_tokens")  # of training.lr_scheduler_kwargs
 LONGEST_NAME = 100
+COMPLETION_LENGTH = 256  # of TRL_GRPO, as in Oumi
 
 
 def max_length(config: Any) -> int | None:
@@ -64,7 +68,7 @@ def loss_types(config: Any) -> tuple[str, ...]:
     """`trainer_kwargs.loss_type` as a tuple, the method's own where it is not set."""
     asked, method = config.training.trainer_kwargs.loss_type, config.training.trainer_type
     if asked is None:
-        return {"TRL_DPO": ("sigmoid",), "TRL_KTO": ("kto",)}.get(method, ("nll",))
+        return {"TRL_DPO": ("sigmoid",), "TRL_KTO": ("kto",), "TRL_GRPO": ("dapo",)}.get(method, ("nll",))
     names = (asked,) if isinstance(asked, str) else tuple(asked)
     return tuple({"chunked_nll": "nll"}.get(name, name) for name in names)
 
@@ -78,10 +82,176 @@ def loss_weights(config: Any) -> tuple[float, ...] | None:
         raise ValueError(f"training.trainer_kwargs.loss_weights is {list(weights)}; allowed: numbers") from None
 
 
+def beta(config: Any) -> float:
+    """How strongly the reference holds."""
+    asked = config.training.trainer_kwargs.beta
+    return (0.0 if config.training.trainer_type == "TRL_GRPO" else 0.1) if asked is None else asked
+
+
+def disables_dropout(config: Any) -> bool:
+    """Whether a method that compares with a reference or a sampler trains a LoRA adapter without dropout."""
+    asked = config.training.trainer_kwargs.disable_dropout
+    return config.training.trainer_type != "TRL_GRPO" if asked is None else asked
+
+
 def shuffles(config: Any) -> bool:
     """Whether an epoch's rows come in an order of their own; KTO's stay beside those that it compares them with."""
     order = config.training.trainer_kwargs.train_sampling_strategy
+    if config.training.trainer_type == "VERL_GRPO":
+        return verl.settings(config).shuffle
+    if config.training.trainer_type == "TRL_GRPO" and config.training.trainer_kwargs.shuffle_dataset is False:
+        return False
     return order != "sequential" if order else config.training.trainer_type != "TRL_KTO"
+
+
+def prompt_length(config: Any) -> tuple[int | None, str]:
+    """The most tokens of a prompt that is asked, and what becomes of longer ones, as `input_pipeline.prompts.Limit`."""
+    if config.training.trainer_type == "VERL_GRPO":
+        says = verl.settings(config)
+        return says.max_prompt_length, "leave_out" if says.filter_overlong_prompts else says.truncation
+    return config.training.grpo.max_prompt_length, "left"
+
+
+def completion_length(config: Any) -> int:
+    """The most tokens of an answer."""
+    if config.training.trainer_type == "VERL_GRPO":
+        return verl.settings(config).max_response_length
+    return config.training.grpo.max_completion_length or COMPLETION_LENGTH
+
+
+def drawing(config: Any) -> verl.Drawing:
+    """How answers that are learned from are drawn."""
+    if config.training.trainer_type == "VERL_GRPO":
+        return verl.settings(config).drawing
+    grpo, kwargs = config.training.grpo, config.training.trainer_kwargs
+    return verl.Drawing(
+        generations=grpo.num_generations or verl.GROUP,
+        temperature=grpo.temperature,
+        top_p=kwargs.top_p,
+        top_k=kwargs.top_k,
+        min_p=kwargs.min_p or 0.0,
+        repetition_penalty=grpo.repetition_penalty,
+    )
+
+
+def stop_strings(config: Any) -> tuple[str, ...]:
+    """Strings behind which an answer ends."""
+    kwargs = config.training.trainer_kwargs.generation_kwargs or {}
+    return (*config.training.grpo.stop_strings, *kwargs.get("stop_strings", ()))
+
+
+def reward_weights(config: Any) -> tuple[float, ...]:
+    """Of each reward function; ValueError where one is no number."""
+    weights = config.training.trainer_kwargs.reward_weights
+    if weights is None:
+        return (1.0,) * len(config.training.reward_functions or ())
+    try:
+        return tuple(map(float, weights))
+    except ValueError:
+        raise ValueError(f"training.trainer_kwargs.reward_weights is {list(weights)}; allowed: numbers") from None
+
+
+class Rollout(NamedTuple):
+    """What one generation asks, and how its answers are learned from: `updates` optimizer steps, of `accumulation`
+    microbatches of `microbatch` answers over all devices; each answer takes part in `passes` of them.
+    """
+
+    prompts: int
+    generations: int
+    microbatch: int
+    accumulation: int
+    updates: int
+    passes: int
+
+    @property
+    def answers(self) -> int:
+        """Answers of a generation."""
+        return self.prompts * self.generations
+
+
+def rollout(config: Any, *, replicas: int) -> Rollout:
+    """The sizes of a generation and its updates where so many devices hold answers of their own; ValueError names the
+    nearest sizes that are allowed.
+    """
+    return (_verls_rollout if config.training.trainer_type == "VERL_GRPO" else _trls_rollout)(config, replicas)
+
+
+def _trls_rollout(config: Any, replicas: int) -> Rollout:
+    """TRL counts answers: a generation has whole groups of them and whole microbatches."""
+    training, kwargs = config.training, config.training.trainer_kwargs
+    microbatch, group = training.per_device_train_batch_size * replicas, drawing(config).generations
+    accumulation = training.gradient_accumulation_steps
+    answers = kwargs.generation_batch_size or microbatch * (kwargs.steps_per_generation or accumulation)
+    if answers % microbatch or answers % group:
+        raise ValueError(
+            f"a generation has {answers} answers, which is no multiple of both num_generations {group} and the"
+            f" {microbatch} answers of a microbatch (per_device_train_batch_size times devices); the nearest are"
+            f" training.trainer_kwargs.generation_batch_size: {_multiples(answers, math.lcm(microbatch, group))}"
+        )
+    microbatches = answers // microbatch * kwargs.num_iterations
+    if microbatches % accumulation:
+        raise ValueError(
+            f"training.gradient_accumulation_steps is {accumulation}, and a generation has {microbatches} microbatches"
+            f" (steps_per_generation times num_iterations); the nearest are {_divisors(microbatches, accumulation)}"
+        )
+    return Rollout(
+        prompts=answers // group,
+        generations=group,
+        microbatch=microbatch,
+        accumulation=accumulation,
+        updates=microbatches // accumulation,
+        passes=kwargs.num_iterations,
+    )
+
+
+def _verls_rollout(config: Any, replicas: int) -> Rollout:
+    """verl counts prompts, and on a device answers."""
+    says = verl.settings(config)
+    group, actor = says.drawing.generations, f"{verl.PATH}.{verl.ACTOR}"
+    if says.prompts % says.mini_batch:
+        raise ValueError(
+            f"{actor}.ppo_mini_batch_size is {says.mini_batch}, which does not divide data.train_batch_size"
+            f" {says.prompts}; the nearest are {_divisors(says.prompts, says.mini_batch)}"
+        )
+    answers = says.mini_batch * group
+    if answers % replicas:
+        raise ValueError(
+            f"{actor}.ppo_mini_batch_size {says.mini_batch} times rollout.n {group} is {answers} answers, which"
+            f" {replicas} devices cannot share evenly; the nearest are {_multiples(answers, replicas)} answers"
+        )
+    of_device = answers // replicas
+    micro = says.micro_batch or _below(of_device, config.training.per_device_train_batch_size)
+    if of_device % micro:
+        raise ValueError(
+            f"{actor}.ppo_micro_batch_size_per_gpu is {micro}, which does not divide the {of_device} answers of an"
+            f" update on a device; the nearest are {_divisors(of_device, micro)}"
+        )
+    return Rollout(
+        prompts=says.prompts,
+        generations=group,
+        microbatch=micro * replicas,
+        accumulation=of_device // micro,
+        updates=says.prompts // says.mini_batch * says.ppo_epochs,
+        passes=says.ppo_epochs,
+    )
+
+
+def _multiples(number: int, of: int) -> str:
+    """The multiples next to a number, in words."""
+    below = number // of * of
+    return f"{below} and {below + of}" if below else str(of)
+
+
+def _divisors(number: int, near: int) -> str:
+    """The divisors of a number next to another one, in words."""
+    above = next((d for d in range(near + 1, number + 1) if number % d == 0), None)
+    below = _below(number, near)
+    return f"{below} and {above}" if above else str(below)
+
+
+def _below(number: int, most: int) -> int:
+    """The greatest divisor of a number that is at most another one."""
+    return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
 
 
 def workers(config: Any, *, cores: int) -> int:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs import verl
 from configs.convert import convert
 from configs.default import ELSEWHERE, SCHEMA
-from configs.given import Given, shown
+from configs.given import Given, as_given, shown
 from configs.key import Items, Key, Same, Table, find, leaves
 from configs.nearest import nearest, slips
 from configs.yaml_text import written
@@ -35,6 +36,7 @@ def fill(given: Given) -> Filled:
     filled = Filled()
     filled.values = _section(SCHEMA, given, "", filled)
     _move_other_names(filled)
+    _move_verls(filled)
     return filled
 
 
@@ -115,6 +117,30 @@ def _move_other_names(filled: Filled) -> None:
             section[name] = value
         elif section[name] != value:
             filled.notices.append(f"{path}: {written(value)} gives way to {target}: {written(section[name])}")
+
+
+def _move_verls(filled: Filled) -> None:
+    """Puts what verl's own settings say where a key here says it; they win over that key, and a notice says so."""
+    training = filled.values["training"]
+    if training["trainer_type"] != "VERL_GRPO":
+        return
+    for name, target, value in verl.moved(training["verl_config_overrides"]):
+        path, place = f"{verl.PATH}.{name}", filled.origin[verl.PATH]
+        *sections, last = target.split(".")
+        section: Any = filled.values
+        for word in sections:
+            section = section[word]
+        key = find(SCHEMA, target.split("."))
+        if isinstance(key, Items):
+            new = [
+                _section(key.table, as_given(entry, place), f"{target}[{n}]", filled) for n, entry in enumerate(value)
+            ]
+        else:
+            new = _leaf(key, as_given(value, place), path, place, filled)  # type: ignore[arg-type]
+        if target in filled.origin and section[last] != new:
+            filled.notices.append(f"{target} gives way to {path}")
+        filled.origin[target] = f"{place} as {path}"
+        section[last] = new
 
 
 def _unknown(table: Table, path: str, name: str) -> str:

@@ -22,6 +22,13 @@ def plain(given: Given) -> Any:
     return given.value
 
 
+def as_given(value: Any, place: str = "") -> Given:
+    """A plain value as if all of it had been written at one place."""
+    if isinstance(value, dict):
+        return Given({name: as_given(item, place) for name, item in value.items()}, place)
+    return Given([as_given(item, place) for item in value] if isinstance(value, list) else value, place)
+
+
 def shown(given: Given) -> str:
     """A value as an error shows it: short, and no secret in it."""
     if isinstance(given.value, dict):

@@ -3,7 +3,7 @@
 Set under another `training.trainer_type`, these keys are listed in the log as without effect.
 """
 
-from configs.key import Key, Table, belongs_to, later, no_effect
+from configs.key import Key, Same, Table, belongs_to, later, no_effect
 
 GRPO = ("TRL_GRPO", "VERL_GRPO")
 PREFERENCE = ("TRL_DPO", "TRL_KTO")
@@ -16,18 +16,27 @@ DPO_LOSSES = (
     *("cpo", "cpo_hinge", "cpo_ipo", "simpo", "orpo"),
 )
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
+GRPO_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 
-# Of `trainer_kwargs`, what DPOConfig and KTOConfig know.
+# Of `trainer_kwargs`, what DPOConfig, KTOConfig and GRPOConfig know.
+REFERENCE_KWARGS: Table = {
+    "beta": Key(
+        None,
+        float,
+        "how strongly the reference holds; null: 0.1, for TRL_GRPO 0, which needs no reference",
+        low=0,
+    ),
+    "sync_ref_model": Key(False, bool, "move the reference after the policy every ref_model_sync_steps steps"),
+    "ref_model_mixup_alpha": Key(0.6, float, "the policy's share when it moves (arXiv:2404.09656)", above=0, high=1),
+    "ref_model_sync_steps": Key(512, int, "steps from one move of the reference to the next", low=1),
+    "disable_dropout": Key(None, bool, "no dropout in a LoRA adapter either; null: so it is, but for TRL_GRPO"),
+}
+
 PREFERENCE_KWARGS: Table = {
-    "beta": Key(0.1, float, "how strongly the reference holds: a reward is beta log(policy / reference)", above=0),
     "precompute_ref_log_probs": Key(
         False, bool, "compute the reference's log-probabilities once, before training, and keep them in token_cache_dir"
     ),
     "precompute_ref_batch_size": Key(None, int, "rows on each device then; null: as for training", low=1),
-    "sync_ref_model": Key(False, bool, "move the reference after the policy every ref_model_sync_steps steps"),
-    "ref_model_mixup_alpha": Key(0.6, float, "the policy's share when it moves (arXiv:2404.09656)", above=0, high=1),
-    "ref_model_sync_steps": Key(512, int, "steps from one move of the reference to the next", low=1),
-    "disable_dropout": Key(True, bool, "no dropout in a LoRA adapter either"),
     "answer_tokens": Key(
         "trl",
         ("trl", "oumi"),
@@ -65,20 +74,145 @@ KTO_KWARGS: Table = {
     "undesirable_weight": Key(1.0, float, "of unwanted answers in the loss", low=0),
 }
 
+_OTHER_ENGINE = "our own engine generates, with the parameters in training"
+
 GRPO_PARAMS: Table = {
-    "model_init_kwargs": Key({}, dict, "say model.model_kwargs"),
-    "max_prompt_length": Key(None, int, "longest prompt in tokens; more is cut from its start", above=0),
-    "max_completion_length": Key(None, int, "longest answer in tokens", above=0),
-    "num_generations": Key(None, int, "answers to each prompt", above=0),
-    "temperature": Key(0.9, float, "of sampling", low=0, high=1),
-    "epsilon": Key(0.2, float, "clipping of the probability ratio"),
-    "repetition_penalty": Key(1.0, float, "of sampling"),
-    "remove_unused_columns": Key(False, bool, "rewards see every column"),
-    "log_completions": Key(False, bool, "log sampled answers"),
-    "rollout_function": Key(None, str, "what generates answers"),
-    "use_vllm": Key(False, bool, "answers are generated in this process either way"),
-    "vllm_mode": Key(None, str, "a setting of vLLM"),
-    "vllm_gpu_memory_utilization": Key(0.9, float, "a setting of vLLM"),
+    "max_prompt_length": Key(
+        None,
+        int,
+        "longest prompt in tokens, more is cut from its start; null: any. VERL_GRPO: 512, and more is as "
+        "verl_config_overrides.data says",
+        above=0,
+    ),
+    "max_completion_length": Key(None, int, "longest answer in tokens; null: 256, for VERL_GRPO 512", above=0),
+    "num_generations": Key(None, int, "answers to each prompt, which are compared with one another; null: 8", low=1),
+    "temperature": Key(0.9, float, "of sampling", above=0),
+    "log_completions": Key(False, bool, "show answers with their rewards in the log"),
+    "stop_strings": Key([], list, "ours: an answer ends behind any of these too"),
+    "dynamic_sampling": Key(
+        False,
+        bool,
+        "ours: prompts whose answers all score alike give way to others, until a generation is full (arXiv:2503.14476)",
+    ),
+    "max_generation_batches": Key(
+        10, int, "ours: with dynamic_sampling at most so many generations for one; then it is taken as it is", low=1
+    ),
+    "use_vllm": no_effect(False, bool, _OTHER_ENGINE),
+    "vllm_mode": no_effect(None, str, _OTHER_ENGINE),
+    "vllm_gpu_memory_utilization": no_effect(0.9, float, _OTHER_ENGINE),
+    "model_init_kwargs": no_effect({}, dict, "say model.model_kwargs"),
+    "remove_unused_columns": no_effect(False, bool, "rewards see every column"),
+    "rollout_function": later(None, str, "what generates answers"),
+}
+
+TRL_GRPO_PARAMS: Table = {
+    "epsilon": Key(0.2, float, "how far the probability ratio may fall below 1", low=0),
+    "repetition_penalty": Key(1.0, float, "of sampling: logits of what was said are divided by it", above=0),
+}
+
+GRPO_KWARGS: Table = {
+    # What is asked, and how.
+    "num_generations_eval": Key(None, int, "num_generations of the validation split; null: the same", low=1),
+    "generation_batch_size": Key(None, int, "answers of one generation; null: as steps_per_generation says", low=1),
+    "steps_per_generation": Key(
+        None, int, "microbatches of one generation's answers; null: gradient_accumulation_steps", low=1
+    ),
+    "num_iterations": Key(1, int, "how often one generation's answers are learned from", low=1),
+    "chat_template_kwargs": Key(None, dict, "variables of the chat template, such as enable_thinking"),
+    "top_p": Key(1.0, float, "draw from the fewest tokens that have this probability together", above=0, high=1),
+    "top_k": Key(0, int, "draw from so many likeliest tokens; 0: from all", low=0),
+    "min_p": Key(None, float, "draw from tokens that have this share of the likeliest's probability", low=0, high=1),
+    "generation_kwargs": Key(None, dict, "stop_strings, as grpo.stop_strings; the rest has keys of its own"),
+    # Rewards and advantages.
+    "reward_weights": Key(None, list, "of each of several reward functions; null: 1"),
+    "scale_rewards": Key(
+        "group",
+        ("group", "batch", "none"),
+        "advantages are divided by the deviation of a group's rewards, of all rewards, or not",
+        read_as={"true": "group", "false": "none", "no": "none"},
+    ),
+    "multi_objective_aggregation": Key(
+        "sum_then_normalize",
+        ("sum_then_normalize", "normalize_then_sum"),
+        "rewards are added up, then compared, or the other way round (GDPO, arXiv:2601.05242)",
+    ),
+    # The loss.
+    "epsilon_high": Key(None, float, "how far the ratio may rise above 1; null: epsilon", low=0),
+    "delta": Key(None, float, "bound of the unclipped ratio (arXiv:2505.07291)", above=0),
+    "importance_sampling_level": Key("token", ("token", "sequence"), "ratios of tokens or answers (arXiv:2507.18071)"),
+    "mask_truncated_completions": Key(False, bool, "answers cut at max_completion_length are not learned from"),
+    "top_entropy_quantile": Key(1.0, float, "learn from this share of tokens only, the least certain", low=0, high=1),
+    "entropy_coef": Key(0.0, float, "weight of a bonus for entropy"),
+    "use_bias_correction_kl": Key(True, bool, "the divergence from the reference is weighted by the ratio"),
+    "off_policy_mask_threshold": Key(
+        None, float, "answers that score badly and of which the policy has moved further away are not learned from"
+    ),
+    "sapo_temperature_pos": Key(1.0, float, "of sapo, where the advantage is above 0", above=0),
+    "sapo_temperature_neg": Key(1.05, float, "of sapo, elsewhere", above=0),
+    "vespo_k_pos": Key(2.0, float, "of vespo, where the advantage is at least 0: the power", low=0),
+    "vespo_lambda_pos": Key(3.0, float, "of vespo, where the advantage is at least 0: the decay", low=0),
+    "vespo_k_neg": Key(3.0, float, "of vespo, elsewhere: the power", low=0),
+    "vespo_lambda_neg": Key(2.0, float, "of vespo, elsewhere: the decay", low=0),
+    "vllm_importance_sampling_correction": Key(
+        None, bool, "weigh by trainer's over sampler's probability; null: no, since both are one model here"
+    ),
+    "vllm_importance_sampling_mode": Key(
+        "sequence_mask",
+        ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+        "of tokens or answers; beyond the bounds the weight is the bound, or 0",
+    ),
+    "vllm_importance_sampling_clip_max": Key(3.0, float, "upper bound of that weight", above=0, null=True),
+    "vllm_importance_sampling_clip_min": Key(None, float, "lower bound of that weight", low=0),
+    "vllm_importance_sampling_cap": Same("training.trainer_kwargs.vllm_importance_sampling_clip_max", "older name"),
+    "use_adaptive_entropy": later(False, bool, "an entropy_coef that follows entropy_target"),
+    "entropy_coef_min": later(0.0, float, "of use_adaptive_entropy"),
+    "entropy_coef_max": later(1.0, float, "of use_adaptive_entropy"),
+    "entropy_coef_delta": later(0.005, float, "of use_adaptive_entropy"),
+    "entropy_target": later(0.2, float, "of use_adaptive_entropy"),
+    # Logs.
+    "num_completions_to_print": Key(None, int, "how many answers log_completions shows; null: all", low=1),
+    "log_unique_prompts": Key(False, bool, "log_completions shows one answer to each prompt"),
+    "log_completions_hub_repo": later(None, str, "where answers are uploaded"),
+    "max_tool_calling_iterations": later(None, int, "turns in which tools are called"),
+    # What other engines need.
+    **{
+        name: no_effect(default, kind, _OTHER_ENGINE)
+        for name, default, kind in (
+            ("cache_implementation", None, str),
+            ("ds3_gather_for_generation", True, bool),
+            ("use_transformers_continuous_batching", False, bool),
+            ("transformers_continuous_batching_config", None, dict),
+            ("use_transformers_paged", False, bool),
+            ("vllm_model_impl", "vllm", str),
+            ("vllm_enable_sleep_mode", False, bool),
+            ("vllm_structured_outputs_regex", None, str),
+            ("vllm_server_base_url", None, str),
+            ("vllm_server_host", "0.0.0.0", str),
+            ("vllm_server_port", 8000, int),
+            ("vllm_server_timeout", 240.0, float),
+            ("vllm_group_port", 51216, int),
+            ("vllm_max_model_length", None, int),
+            ("vllm_tensor_parallel_size", 1, int),
+        )
+    },
+    "cast_lm_head_to_fp32": no_effect(False, bool, "log-probabilities are computed in float32"),
+    "log_multimodal": no_effect(True, bool, "there are no pictures"),
+    # Oumi has them in training.grpo.
+    **{
+        name: Same(f"training.grpo.{name}", "TRL's place of it")
+        for name in (
+            "max_prompt_length",
+            "max_completion_length",
+            "num_generations",
+            "temperature",
+            "epsilon",
+            "repetition_penalty",
+            "log_completions",
+            "use_vllm",
+            "vllm_mode",
+            "vllm_gpu_memory_utilization",
+        )
+    },
 }
 
 GKD_PARAMS: Table = {
@@ -167,16 +301,20 @@ PEFT: Table = {
 }
 
 TRAINER_KWARGS: Table = {
+    **belongs_to((*PREFERENCE, "TRL_GRPO"), REFERENCE_KWARGS),
     **belongs_to(PREFERENCE, PREFERENCE_KWARGS),
     **belongs_to(("TRL_DPO",), DPO_KWARGS),
     **belongs_to(("TRL_KTO",), KTO_KWARGS),
+    **belongs_to(("TRL_GRPO",), GRPO_KWARGS),
 }
 
 TRAINING: Table = {
     "reward_functions": Key(None, list, "what scores answers", only=GRPO),
     "reward_function_kwargs": Key({}, dict, "their options, by name", only=GRPO),
-    "verl_config_overrides": Key({}, dict, "verl's own settings", only=("VERL_GRPO",)),
-    "grpo": belongs_to(GRPO, GRPO_PARAMS),
+    "reward_timeout": Key(60.0, float, "ours: seconds that they have for one generation's answers", above=0, only=GRPO),
+    "reward_workers": Key(2, int, "ours: processes in which they run", low=1, only=GRPO),
+    "verl_config_overrides": Key({}, dict, "verl's own settings, as configs/verl.py lists them", only=("VERL_GRPO",)),
+    "grpo": {**belongs_to(GRPO, GRPO_PARAMS), **belongs_to(("TRL_GRPO",), TRL_GRPO_PARAMS)},
     "gkd": belongs_to(("TRL_GKD",), GKD_PARAMS),
     "gold": belongs_to(("TRL_GOLD",), GOLD_PARAMS),
 }

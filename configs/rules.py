@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from configs import verl
 from configs.default import DATASET, SCHEMA
 from configs.derived import AXES, loss_types, max_length, run_name
 from configs.key import LATER, NO_EFFECT, Key, settings
-from configs.methods import DPO_LOSSES, GRPO, KTO_LOSSES, PREFERENCE, SFT_LOSSES
+from configs.methods import DPO_LOSSES, GRPO, GRPO_LOSSES, KTO_LOSSES, PREFERENCE, SFT_LOSSES
 from configs.yaml_text import written
 
 SPLITS = ("train", "validation", "test")
@@ -145,8 +146,12 @@ def _length_to_pack(config: Any) -> Lines:
 def _losses(config: Any) -> Lines:
     method, names = config.training.trainer_type, loss_types(config)
     path = "training.trainer_kwargs.loss_type"
-    allowed = {"TRL_DPO": DPO_LOSSES, "TRL_KTO": KTO_LOSSES}.get(method, SFT_LOSSES)
-    if unknown := [name for name in names if name not in allowed]:
+    by_method = {"TRL_DPO": DPO_LOSSES, "TRL_KTO": KTO_LOSSES, "TRL_GRPO": GRPO_LOSSES}
+    allowed = by_method.get(method, SFT_LOSSES)
+    if method == "VERL_GRPO":
+        if config.training.trainer_kwargs.loss_type is not None:
+            yield path, f"is for TRL's methods; say {verl.PATH}.{verl.ACTOR}.policy_loss.loss_mode"
+    elif unknown := [name for name in names if name not in allowed]:
         yield path, f"got {', '.join(unknown)}; allowed with trainer_type {method}: {', '.join(allowed)}"
     elif len(names) != 1 and method != "TRL_DPO":
         yield path, f"got {len(names)} of them; allowed with trainer_type {method}: one"
@@ -175,13 +180,66 @@ def _answers(config: Any) -> Lines:
             if part[name]:
                 yield f"data.{split}.{name}", f"not implemented yet with training.trainer_type {method}"
     kwargs = config.training.trainer_kwargs
+    if method in PREFERENCE and kwargs.beta == 0:
+        yield "training.trainer_kwargs.beta", f"got 0; allowed with trainer_type {method}: a number above 0"
     if method in PREFERENCE and kwargs.precompute_ref_log_probs and kwargs.sync_ref_model:
         yield "training.trainer_kwargs.precompute_ref_log_probs", "sync_ref_model changes the reference; choose one"
 
 
 def _rewards(config: Any) -> Lines:
-    if config.training.reward_functions and config.training.trainer_type not in GRPO:
-        yield "training.reward_functions", f"needs training.trainer_type {' or '.join(GRPO)}"
+    training, path = config.training, "training.reward_functions"
+    functions, method = training.reward_functions or [], training.trainer_type
+    if method not in GRPO:
+        if functions:
+            yield path, f"needs training.trainer_type {' or '.join(GRPO)}"
+        return
+    if not functions:
+        yield path, f"{method} needs what scores answers; name a reward function, or a file.py:function of yours"
+    elif method == "VERL_GRPO" and len(functions) > 1:
+        yield path, f"got {len(functions)}; allowed with trainer_type {method}: one"
+    for name in sorted(training.reward_function_kwargs.keys() - set(functions)):
+        yield f"training.reward_function_kwargs.{name}", f"is none of training.reward_functions: {written(functions)}"
+    weights = training.trainer_kwargs.reward_weights
+    if weights is not None and len(weights) != len(functions):
+        yield (
+            "training.trainer_kwargs.reward_weights",
+            f"got {len(weights)}; allowed: one for each of {written(functions)}",
+        )
+
+
+def _answers_of_its_own(config: Any) -> Lines:
+    """What learning from answers of its own needs, and what it does not do."""
+    training, method = config.training, config.training.trainer_type
+    if method not in GRPO:
+        if training.trainer_kwargs.shuffle_dataset:
+            yield "training.trainer_kwargs.shuffle_dataset", f"not implemented yet with training.trainer_type {method}"
+        return
+    for split in ("train", "validation"):
+        part = config.data[split]
+        if part.collator_name:
+            yield f"data.{split}.collator_name", f"{method} asks prompts, and collates its own answers; take it out"
+        for name in ("pack", "stream"):
+            if part[name]:
+                yield f"data.{split}.{name}", f"not implemented yet with training.trainer_type {method}"
+    if training.grpo.num_generations == 1:
+        yield (
+            "training.grpo.num_generations",
+            "got 1; allowed: at least 2, since the answers to a prompt are compared with one another",
+        )
+    kwargs = training.trainer_kwargs
+    if method == "TRL_GRPO" and kwargs.generation_batch_size and kwargs.steps_per_generation:
+        yield "training.trainer_kwargs.generation_batch_size", "steps_per_generation is set too; choose one"
+    for name, value in (kwargs.generation_kwargs or {}).items():
+        path = f"training.trainer_kwargs.generation_kwargs.{name}"
+        if name != "stop_strings":
+            yield path, "say it as a key of training.trainer_kwargs or training.grpo; allowed here: stop_strings"
+        elif not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            yield path, f"got {written(value)}; allowed: a list of words"
+
+
+def _verls(config: Any) -> Lines:
+    if config.training.trainer_type == "VERL_GRPO":
+        yield from verl.problems(config.training.verl_config_overrides)
 
 
 def _bits(config: Any) -> Lines:
@@ -228,7 +286,15 @@ RULES = (
     Rule(("training.trainer_kwargs.loss_type", "training.trainer_type"), _losses),
     Rule(("training.trainer_kwargs.loss_type", "training.trainer_kwargs.label_smoothing_factor"), _smoothing),
     Rule(("training.trainer_type", "data.train.collator_name", "data.validation.collator_name"), _answers),
-    Rule(("training.reward_functions", "training.trainer_type"), _rewards),
+    Rule(("training.reward_functions", "training.trainer_type", "training.trainer_kwargs.reward_weights"), _rewards),
+    Rule(
+        (
+            *("training.trainer_type", "training.grpo.num_generations"),
+            *(f"training.trainer_kwargs.{n}" for n in ("generation_kwargs", "generation_batch_size")),
+        ),
+        _answers_of_its_own,
+    ),
+    Rule(("training.trainer_type", "training.verl_config_overrides"), _verls),
     Rule(("training.use_peft", "model.freeze_layers", "model.load_pretrained_weights"), _pretrained_base),
     Rule(("peft.q_lora_bits",), _bits),
     Rule(tuple(f"mesh.{axis}" for axis in AXES), _mesh),
@@ -261,4 +327,15 @@ def _adapter_asked_for(config: Any, origin: dict[str, str]) -> Lines:
         yield ", ".join(idle), "no effect without training.use_peft"
 
 
-REMARKS = (_adapter_asked_for, _length_gives_way, _ratio_gives_way, _epoch_gives_way, _clean_name)
+def _not_verls(config: Any, origin: dict[str, str]) -> Lines:
+    """Of verl's settings those that do nothing, and the keys that they stand in the place of."""
+    if config.training.trainer_type != "VERL_GRPO":
+        return
+    if idle := verl.idle(config.training.verl_config_overrides):
+        yield verl.PATH, f"no effect here: {', '.join(idle)}"
+    for name, theirs in verl.IN_PLACE_OF.items():
+        if name in origin:
+            yield name, f"no effect with training.trainer_type VERL_GRPO; say {verl.PATH}.{theirs}"
+
+
+REMARKS = (_not_verls, _adapter_asked_for, _length_gives_way, _ratio_gives_way, _epoch_gives_way, _clean_name)

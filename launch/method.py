@@ -48,7 +48,7 @@ def method_of(config: ConfigDict, model: Model, *, longest_document: int) -> Met
             loss,
             loss,
             frozen=lambda parts: frozen_of(config, model, parts),
-            draws=drops and not config.training.trainer_kwargs.disable_dropout,
+            draws=drops and not derived.disables_dropout(config),
             sync=sync_of(config, model),
             forwards=int(computes_reference(config)),
         )

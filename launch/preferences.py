@@ -35,7 +35,7 @@ def loss_of(config: ConfigDict, model: Model, compute: Compute) -> Loss:
     return unpaired_loss(
         scorer,
         loss_type=kind,
-        beta=kwargs.beta,
+        beta=derived.beta(config),
         desirable_weight=kwargs.desirable_weight,
         undesirable_weight=kwargs.undesirable_weight,
     )
@@ -49,7 +49,7 @@ def preference(config: ConfigDict) -> Preference:
         return Preference(
             loss_type=types,
             loss_weights=derived.loss_weights(config),
-            beta=kwargs.beta,
+            beta=derived.beta(config),
             label_smoothing=kwargs.label_smoothing,
             f_divergence_type=kwargs.f_divergence_type,
             f_alpha_divergence_coef=kwargs.f_alpha_divergence_coef,

@@ -155,11 +155,16 @@ def test_the_test_split_takes_what_the_others_take_and_does_nothing_with_it():
 
 
 # The oracle for trainer_kwargs: the dataclasses themselves, read as text, for importing them takes ten seconds.
+BY_METHOD = (
+    *("packing_strategy", "loss_type", "train_sampling_strategy", "beta", "disable_dropout", "shuffle_dataset"),
+    *("chat_template_kwargs", "vllm_importance_sampling_correction"),
+)
 OURS = {"count_position_zero", "answer_tokens", "shared_prompt"}
 OLDER = {
     "rpo_alpha",
     "reference_free",
     "max_seq_length",
+    "max_prompt_length",
     "include_tokens_per_second",
     "save_safetensors",
     "group_by_length",
@@ -172,7 +177,7 @@ def test_trainer_kwargs_are_named_as_in_trl_and_transformers():
 
 def test_trainer_kwargs_have_the_defaults_of_trl_and_transformers():
     ours = {name: row.default for name, row in TRAINER_KWARGS.items() if isinstance(row, Key) and name in FIELDS}
-    by_method = {"packing_strategy": None, "loss_type": None, "train_sampling_strategy": None}  # see configs.derived
+    by_method = dict.fromkeys(BY_METHOD)  # see configs.derived
     assert ours == {name: FIELDS[name] for name in ours} | by_method
 
 
@@ -214,7 +219,8 @@ def _given(value):
 
 
 FIELDS = (
-    _fields("trl.experimental.cpo.cpo_config", "CPOConfig")
+    _fields("trl.trainer.grpo_config", "GRPOConfig")
+    | _fields("trl.experimental.cpo.cpo_config", "CPOConfig")
     | _fields("trl.trainer.kto_config", "KTOConfig")
     | _fields("trl.trainer.dpo_config", "DPOConfig")
     | _fields("transformers.training_args", "TrainingArguments")
