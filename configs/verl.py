@@ -142,6 +142,7 @@ IDLE = (
     *("data.dataloader_num_workers", "data.filter_overlong_prompts_workers", "data.return_raw_chat", "data.use_shm"),
     *("trainer.n_gpus_per_node", "trainer.nnodes", "trainer.critic_warmup", "trainer.balance_batch"),
     *("trainer.project_name", "trainer.device", "trainer.log_val_generations", "trainer.use_legacy_worker_impl"),
+    *("algorithm.filter_groups.metric", "data.max_extrapolation_length", f"{ACTOR}.gradients"),
     *("trainer.ray_wait_register_center_timeout", "trainer.del_local_ckpt_after_load"),
 )
 

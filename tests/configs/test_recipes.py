@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from configs import derived
+from configs.default import SCHEMA
 from configs.load import Loaded, load
+from configs.methods import GRPO, PREFERENCE
 from input_pipeline.catalog import Entry, open_dataset
-from input_pipeline.examples import Feedback, Preference
+from input_pipeline.examples import Feedback, Preference, Prompt
 from launch.train import run
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs/recipes"
@@ -48,7 +51,21 @@ ROWS: dict[str, dict[str, Any]] = {
         "all_generated_responses": ["Barley.", "No.", "Grain?"],
         "all_rm_scores": [0.16, 0.09, 0.11],
     },
+    "oumi-ai/oumi-letter-count": {
+        "conversation_id": "1",
+        "messages": [QUESTION],
+        "metadata": {"letter": "n", "letter_count_integer": 1, "letter_count_string": "one"},
+    },
+    "Jiayi-Pan/Countdown-Tasks-3to4": {"target": 98, "nums": [44, 19, 35]},
+    "openai/gsm8k": {"question": "Name a grain.", "answer": "One.\n#### 72"},
     "trl-lib/kto-mix-14k": {"prompt": [QUESTION], "completion": [BAD], "label": False},
+}
+
+
+TRUTHS: dict[str, Any] = {  # what a reward function is given of a row that is asked
+    "oumi-ai/oumi-letter-count": {"letter_count": 1},
+    "Jiayi-Pan/Countdown-Tasks-3to4": {"numbers": [44, 19, 35], "target": 98},
+    "openai/gsm8k": "72",
 }
 
 
@@ -63,11 +80,13 @@ def loaded(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
         raise AssertionError("a recipe was loaded by way of a network")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
+    row = SCHEMA["training"]["trainer_type"]  # what a recipe says does not wait for its trainer
+    monkeypatch.setitem(SCHEMA["training"], "trainer_type", replace(row, later=()))
     return load(str(recipe))
 
 
 def test_a_recipe_loads_and_every_key_in_it_acts(loaded: Loaded) -> None:
-    assert loaded.config.training.trainer_type in ("TRL_DPO", "TRL_KTO")
+    assert loaded.config.training.trainer_type in (*PREFERENCE, *GRPO)
     assert loaded.notices == ()
 
 
@@ -83,7 +102,9 @@ def test_its_head_says_how_to_run_it_for_what_machine_with_what_rows_and_whose_n
         assert words in head[0]
 
 
-def test_the_readme_lists_every_recipe_with_its_dataset() -> None:
+def test_the_readme_lists_every_recipe_with_its_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = SCHEMA["training"]["trainer_type"]
+    monkeypatch.setitem(SCHEMA["training"], "trainer_type", replace(row, later=()))
     table = (RECIPES / "README.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| \[(\S+)\].*\| `(\S+)` \|", table, re.MULTILINE))
     assert listed == {file.name: load(str(file)).config.data.train.datasets[0].dataset_name for file in FILES}
@@ -96,7 +117,10 @@ def test_a_step_has_as_many_rows_as_its_head_says(recipe: Path, loaded: Loaded) 
     assert said is not None
     assert machines is not None
     devices, training = {"one": 1, "four": 4, "eight": 8}[machines[1]], loaded.config.training
-    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * devices == int(said[1])
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
+    if training.trainer_type in GRPO:
+        rows = derived.rollout(loaded.config, replicas=devices).answers
+    assert rows == int(said[1])
 
 
 def test_rows_as_its_datasets_have_them_are_understood(loaded: Loaded, tmp_path: Path) -> None:
@@ -105,6 +129,10 @@ def test_rows_as_its_datasets_have_them_are_understood(loaded: Loaded, tmp_path:
             example = _first_example(entry, loaded.config.training.trainer_type, tmp_path / "rows.jsonl")
             if isinstance(example, Feedback):
                 assert (example.prompt, example.completion, example.label) == ((QUESTION,), (BAD,), False)
+            elif isinstance(example, Prompt):
+                columns = example.columns
+                truth = columns["reward_model"]["ground_truth"] if "reward_model" in columns else columns
+                assert truth == TRUTHS[entry.dataset_name]
             else:
                 assert isinstance(example, Preference)
                 assert (example.prompt, example.chosen, example.rejected) == ((QUESTION,), (GOOD,), (BAD,))
@@ -118,6 +146,7 @@ def _first_example(entry: Any, trainer: str, file: Path) -> Any:
 
 
 @pytest.mark.slow  # six programs compiled for eight devices
+@pytest.mark.parametrize("recipe", [file for file in FILES if "grpo" not in file.name], ids=lambda file: file.stem)
 def test_a_tiny_model_trains_by_it(recipe: Path, tmp_path: Path, tiny_chat_model: Path) -> None:
     recorded = load(str(recipe)).config
     name, file = recorded.data.train.datasets[0].dataset_name, tmp_path / "rows.jsonl"
