@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.convert import convert
+from configs.convert import FALSE, convert
 from configs.given import as_given
 from configs.key import Key
 from configs.nearest import nearest
@@ -53,7 +53,7 @@ VERL = {
     "data.apply_chat_template_kwargs": Key({}, dict, "variables of the chat template"),
     f"{ROLLOUT}.top_p": Key(1.0, float, "draw from the fewest tokens that have it together", above=0, high=1),
     f"{ROLLOUT}.top_k": Key(-1, int, "draw from so many likeliest tokens; -1: from all", low=-1),
-    f"{ROLLOUT}.do_sample": Key(True, bool, "draw tokens; false: take the likeliest"),
+    f"{ROLLOUT}.do_sample": Key(True, bool, "draw tokens; must stay true, or a group's answers are alike"),
     f"{ROLLOUT}.val_kwargs.n": Key(1, int, "answers to each prompt of the evaluation", low=1),
     f"{ROLLOUT}.val_kwargs.do_sample": Key(False, bool, "the evaluation draws tokens"),
     f"{ROLLOUT}.val_kwargs.temperature": Key(0.0, float, "of the evaluation", low=0),
@@ -319,6 +319,8 @@ def problems(overrides: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     steps, mini = given.get("data.train_batch_size", 1024), given.get(f"{ACTOR}.ppo_mini_batch_size")
     if isinstance(steps, int) and isinstance(mini, int) and mini > steps:
         yield f"{PATH}.{ACTOR}.ppo_mini_batch_size", f"got {mini}; allowed: at most data.train_batch_size, {steps}"
+    if str(given.get(f"{ROLLOUT}.do_sample", True)).lower() in FALSE:
+        yield f"{PATH}.{ROLLOUT}.do_sample", "must stay true: answers to a prompt that are all alike teach nothing"
     betas = given.get(f"{ACTOR}.optim.betas", [0.9, 0.999])
     if not (
         isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, float | int) and 0 <= b < 1 for b in betas)

@@ -198,6 +198,11 @@ class TestVerl:
                 "actor_rollout_ref.actor.ppo_mini_batch_size: got 16; allowed: at most data.train_batch_size, 8",
             ),
             (
+                "{actor_rollout_ref: {rollout: {do_sample: false}}}",
+                "actor_rollout_ref.rollout.do_sample: must stay true: answers to a prompt that are all alike teach"
+                " nothing",
+            ),
+            (
                 "{actor_rollout_ref: {actor: {optim: {betas: [0.9]}}}}",
                 "actor_rollout_ref.actor.optim.betas: got [0.9]; allowed: two numbers at least 0 and below 1",
             ),
