@@ -58,6 +58,45 @@ def steps(config: Any, *, rows_per_step: int) -> Steps:
     return Steps(run, warmup, options)
 
 
+class Update(NamedTuple):
+    """How gradients become an update: `decays_all` says that norms and biases decay too. `schedule` are the words of
+    `trainers.schedules.schedule`; the rate stays the same for `rate_stays` updates.
+    """
+
+    weight_decay: float
+    decays_all: bool
+    betas: tuple[float, float]
+    max_grad_norm: float | None
+    schedule: dict[str, Any]
+    rate_stays: int
+
+
+def update(config: Any, *, counted: Steps, updates_of_generation: int = 1) -> Update:
+    """What the optimizer and the schedule are given: of VERL_GRPO verl's own settings, whose schedule goes by
+    generations and not by updates.
+    """
+    training = config.training
+    if training.trainer_type != "VERL_GRPO":
+        return Update(
+            training.weight_decay,
+            False,
+            (training.adam_beta1, training.adam_beta2),
+            training.max_grad_norm,
+            {
+                "name": training.lr_scheduler_type,
+                "warmup_steps": counted.warmup,
+                "warmup_ratio": training.warmup_ratio,
+                **counted.schedule,
+            },
+            1,
+        )
+    says = verl.settings(config)
+    cosine = {"name": "cosine_with_min_lr", "min_lr_rate": says.min_lr_ratio, "num_cycles": says.num_cycles}
+    shape = cosine if says.lr_scheduler_type == "cosine" else {"name": "constant_with_warmup"}
+    warmup = {"warmup_steps": says.lr_warmup_steps, "warmup_ratio": says.lr_warmup_steps_ratio}
+    return Update(says.weight_decay, True, says.betas, says.grad_clip, shape | warmup, updates_of_generation)
+
+
 def packing(config: Any) -> str:
     """How packed rows are packed: "bfd", "bfd_split" or "wrapped"."""
     default = "wrapped" if config.training.trainer_type == "OUMI" else "bfd"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from input_pipeline.collate import bucket_length
+from input_pipeline.prompts import Prompts
 from input_pipeline.reading import Data
 
 STYLES = {0: "dim", 1: "bold green", 2: "bold red"}  # not trained; trained; of an answer that is to become unlikely
@@ -35,7 +36,7 @@ class Bar(NamedTuple):
     rows: int
 
 
-def view_row(data: Data, row: int, tokenizer: Any) -> list[TokenView]:
+def view_row(data: Data | Prompts, row: int, tokenizer: Any) -> list[TokenView]:
     """The tokens of a row of the store. The first is never in the loss: nothing predicts it."""
     if not 0 <= row < len(data.store):
         raise ValueError(f"there is no row {row}: the data has rows 0 to {len(data.store) - 1}")
@@ -44,7 +45,7 @@ def view_row(data: Data, row: int, tokenizer: Any) -> list[TokenView]:
     return [TokenView(*view) for view in zip(texts, ids.tolist(), [0, *map(int, trained[1:])], strict=True)]
 
 
-def length_histogram(data: Data) -> list[Bar]:
+def length_histogram(data: Data | Prompts) -> list[Bar]:
     """How many rows have how many tokens, in the lengths that rows are padded to."""
     lengths = data.store.lengths
     bars, low = [], 1
@@ -55,7 +56,7 @@ def length_histogram(data: Data) -> list[Bar]:
     return bars
 
 
-def print_row(console: Console, data: Data, row: int, tokenizer: Any, *, ids: bool = False) -> None:
+def print_row(console: Console, data: Data | Prompts, row: int, tokenizer: Any, *, ids: bool = False) -> None:
     """Print a row with its trained tokens coloured, or in brackets where the console has no colour (a pipe, a file);
     with `ids`, one token a line with its id.
     """
@@ -74,7 +75,7 @@ def print_row(console: Console, data: Data, row: int, tokenizer: Any, *, ids: bo
     console.print(Text.assemble(*_pieces(views, bare=bare)))
 
 
-def print_histogram(console: Console, data: Data) -> None:
+def print_histogram(console: Console, data: Data | Prompts) -> None:
     """Print how long the rows are, and what became of them."""
     counts, lengths = data.counts, data.store.lengths
     bars = length_histogram(data)

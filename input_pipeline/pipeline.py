@@ -15,6 +15,7 @@ from input_pipeline.lanes import Recipe
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.packing import Packed, Wrapped, cut, plan
 from input_pipeline.pairs import Answered, Laid
+from input_pipeline.prompts import Prompts
 from input_pipeline.reading import Data, Reading, Streams, packing_of, read_data, read_streams
 from input_pipeline.store import Counts, TokenStore
 from input_pipeline.stream import StreamBatches, lanes_for
@@ -27,10 +28,10 @@ _SMALLEST_BLOCK = {None: 16, "wrapped": 16, "bfd": 256, "bfd_split": 256}  # row
 class Feed:
     """Batches, and what is known beforehand about them."""
 
-    batches: Batches | StreamBatches
+    batches: Any  # Batches, StreamBatches, or what a policy makes of its own answers
     steps: int | None  # optimizer steps until the epochs are used up; None: without end
     steps_per_epoch: int | None  # None: of a stream, it is not known
-    data: Data | None  # the rows they are made of; None: they are not read yet
+    data: Data | Prompts | None  # the rows they are made of; None: they are not read yet
     longest: int  # the largest L that a batch has
     longest_document: int  # the most tokens that see one another in a row
     useful: float | None  # share of the first epoch's places that hold a token, the rest is padding
@@ -50,7 +51,7 @@ class Feed:
             rows = np.bincount(self._data().store.sources[:, 0], minlength=len(names)).tolist()
         return {name: count / max(sum(rows), 1) for name, count in zip(names, rows, strict=True)}
 
-    def _data(self) -> Data:
+    def _data(self) -> Data | Prompts:
         assert self.data is not None
         return self.data
 

@@ -104,6 +104,8 @@ class Prompts:
         """The most tokens that a prompt has."""
         return int(self.store.lengths.max())
 
+    max_length = longest  # as of rows that are trained on
+
 
 def read_prompts(
     split: Mapping[str, Any],

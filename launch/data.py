@@ -10,10 +10,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import derived
-from configs.methods import PREFERENCE
+from configs import derived, verl
+from configs.methods import GRPO, PREFERENCE
 from input_pipeline.batches import Part
 from input_pipeline.pipeline import Feed, LayOut, eval_feed, train_feed
+from input_pipeline.prompts import Limit, Prompts, read_prompts
 from input_pipeline.reading import Data, Reading, preview, read_data
 from input_pipeline.store import Counts
 from launch.assemble import Model
@@ -67,10 +68,37 @@ def _lay_out(config: ConfigDict, model: Model, mesh: Mesh, to_train: bool) -> La
     return lay_out_of(config, model, mesh, compute_reference=to_train)
 
 
-def first_rows(config: ConfigDict, split: str, tokenizer: Any) -> Data:
+def first_rows(config: ConfigDict, split: str, tokenizer: Any) -> Data | Prompts:
     """The rows of a split to look at: all of them, or the first few hundred of a stream."""
+    if config.training.trainer_type in GRPO:
+        return prompts_of(config, tokenizer, split)
     read = preview if config.data[split].stream else read_data
     return read(config.data[split], tokenizer, reading=reading_of(config), what=split)
+
+
+def prompts_of(config: ConfigDict, tokenizer: Any, split: str) -> Prompts:
+    """The prompts of a split, for methods that learn from their own answers."""
+    return read_prompts(
+        config.data[split],
+        tokenizer,
+        reading=reading_of(config),
+        limit=limit_of(config),
+        template_kwargs=template_kwargs(config),
+        what=split,
+    )
+
+
+def limit_of(config: ConfigDict) -> Limit:
+    """The longest prompt, and what becomes of a longer one."""
+    length, too_long = derived.prompt_length(config)
+    return Limit(length, too_long)  # type: ignore[arg-type]  # one of its words
+
+
+def template_kwargs(config: ConfigDict) -> dict[str, Any]:
+    """Variables of the chat template."""
+    if config.training.trainer_type == "VERL_GRPO":
+        return dict(verl.settings(config).template_kwargs)
+    return dict(config.training.trainer_kwargs.chat_template_kwargs or {})
 
 
 def reading_of(config: ConfigDict) -> Reading:
@@ -92,12 +120,18 @@ def reading_of(config: ConfigDict) -> Reading:
 def rows_per_step(config: ConfigDict, mesh: Mesh) -> int:
     """Rows of one optimizer step over all devices: those that share a row (tensor, context) count as one."""
     training = config.training
+    if training.trainer_type in GRPO:
+        sizes = derived.rollout(config, replicas=replicas(mesh))
+        return sizes.microbatch * sizes.accumulation
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * replicas(mesh)
 
 
 def steps_of(config: ConfigDict, mesh: Mesh) -> derived.Steps:
-    """Optimizer steps of the run and of the parts of its schedule, as far as they are set."""
-    return derived.steps(config, rows_per_step=rows_per_step(config, mesh))
+    """Optimizer steps of the run and of the parts of its schedule, as far as they are set; verl counts generations."""
+    found = derived.steps(config, rows_per_step=rows_per_step(config, mesh))
+    if config.training.trainer_type != "VERL_GRPO" or found.run is None:
+        return found
+    return found._replace(run=found.run * derived.rollout(config, replicas=replicas(mesh)).updates)
 
 
 def part_of(mesh: Mesh, rows: int) -> Part | None:
@@ -129,6 +163,8 @@ def described(feed: Feed) -> str:
     if feed.data is None:
         return "a stream, read as it comes"
     counts = feed.data.counts
+    if isinstance(feed.data, Prompts):
+        return f"{counts.used:,} prompts of {feed.data.longest:,} tokens or less" + _refused(counts) + shares(feed)
     read = "" if counts.used == counts.read else f" of {counts.read:,}"
     text = f"{counts.used:,}{read} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
     return text + _refused(counts) + shares(feed)

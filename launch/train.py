@@ -1,5 +1,6 @@
 """`einkorn train`: put a run together from its configuration, train, and leave a model that transformers loads."""
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from configs import derived
 from configs.load import Loaded, dump, plain
+from configs.methods import GRPO
 from input_pipeline.inspect import print_row
 from input_pipeline.pipeline import Feed
 from launch import assemble, distributed
@@ -36,6 +38,7 @@ from launch.method import Method, method_of
 from launch.samples import sample_answers
 from models.decoder import Params
 from models.lora import Parts, merged
+from models.sharding import replicas
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
 from trainers.environment import describe_environment
@@ -60,9 +63,15 @@ def run(loaded: Loaded, *, allow_config_change: bool = False) -> None:
     distributed.start()
     mesh = assemble.prepare_devices(config)
     model = assemble.open_model(config)
-    feed = train_data(config, model, mesh)
     folder = Path(config.training.output_dir)
-    with Checkpoints(folder, keep=config.training.keep_checkpoints) as checkpoints:
+    with contextlib.ExitStack() as until_the_end:
+        if config.training.trainer_type in GRPO:
+            from launch.grpo import own_answers
+
+            feed = until_the_end.enter_context(own_answers(config, model, mesh))
+        else:
+            feed = train_data(config, model, mesh)
+        checkpoints = until_the_end.enter_context(Checkpoints(folder, keep=config.training.keep_checkpoints))
         _train(config, mesh, model, feed, checkpoints, allow_config_change=allow_config_change)
 
 
@@ -71,7 +80,10 @@ def _train(
 ) -> None:
     training, folder = config.training, checkpoints.folder
     plan = schedule_of(config, mesh, feed)
-    validation = validation_data(config, model, mesh) if training.eval_strategy != "no" else None
+    asks = training.trainer_type in GRPO
+    if asks:
+        from launch.grpo import of_own_answers
+    validation = validation_data(config, model, mesh) if training.eval_strategy != "no" and not asks else None
     learning_rate = learning_rate_of(config, mesh, plan.steps)
     method = method_of(config, model, longest_document=longest_document(feed, validation))
     step = step_of(config, model, mesh, learning_rate, method)
@@ -114,6 +126,7 @@ def _train(
             meter=_meter(model, mesh, plan, start, feed, forwards=method.forwards),
             progress=progress,
             checkpoints=checkpoints,
+            **(of_own_answers(config, model, feed, beside, progress.note, start) if asks else {}),
             evaluation=evaluation(validation),
             measures=_measures(config, validation),
             meta={
@@ -193,15 +206,18 @@ def schedule_of(config: ConfigDict, mesh: Mesh, feed: Feed) -> Schedule:
 
 def learning_rate_of(config: ConfigDict, mesh: Mesh, steps: int) -> Callable[[Any], Any]:
     """The learning rate by optimizer step, counted from 0."""
-    training, counted = config.training, steps_of(config, mesh)
-    return schedules.schedule(
-        training.lr_scheduler_type,
-        learning_rate=training.learning_rate,
-        steps=steps,
-        warmup_steps=counted.warmup,
-        warmup_ratio=training.warmup_ratio,
-        **counted.schedule,
+    says = update_of(config, mesh)
+    rate = schedules.schedule(
+        learning_rate=config.training.learning_rate, steps=-(-steps // says.rate_stays), **says.schedule
     )
+    return rate if says.rate_stays == 1 else lambda step: rate(step // says.rate_stays)
+
+
+def update_of(config: ConfigDict, mesh: Mesh) -> derived.Update:
+    """How gradients become an update, and by which schedule."""
+    asks = config.training.trainer_type in GRPO
+    updates = derived.rollout(config, replicas=replicas(mesh)).updates if asks else 1
+    return derived.update(config, counted=steps_of(config, mesh), updates_of_generation=updates)
 
 
 def first_weights(config: ConfigDict, model: Model, mesh: Mesh) -> Parts:
@@ -224,14 +240,15 @@ def longest_document(feed: Feed, validation: Feed | None) -> int:
 
 def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], method: Method) -> Step:
     """The compile-ready step of a method."""
-    training = config.training
+    training, says = config.training, update_of(config, mesh)
     optimizer = optim.build(
         training.optimizer,
         schedule=learning_rate,
-        weight_decay=training.weight_decay,
-        betas=(training.adam_beta1, training.adam_beta2),
+        weight_decay=says.weight_decay,
+        betas=says.betas,
         eps=training.adam_epsilon,
         momentum=training.sgd_momentum,
+        decayed=(lambda path: True) if says.decays_all else None,
     )
     parts = assemble.abstract_parts(model)
     return build_step(
@@ -239,7 +256,7 @@ def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callabl
         optimizer,
         parts.trained,
         mesh=mesh,
-        max_grad_norm=training.max_grad_norm,
+        max_grad_norm=says.max_grad_norm,
         frozen=method.frozen(parts),
         seed=training.seed if method.draws else None,
         evaluated=method.evaluated,

@@ -88,9 +88,11 @@ class Schedule:
 
 @dataclass
 class Run:
-    """The parts of one run. `batches` is an `input_pipeline.batches.Batches` of all processes; `evaluation`
-    makes a fresh iterator over the validation split, and `measures` says what its sums mean beside their means. `meta`
-    is saved with every checkpoint; `shapes` are those of the batches so far, each compiled once."""
+    """The parts of one run. `batches` is an `input_pipeline.batches.Batches` of all processes, or, where the policy
+    makes its own, a `rollout.Rollouts`, of which `sampled` gives the next one, and `logged` what is to be logged of it.
+    `evaluation` makes a fresh iterator over the validation split, and `measures` says what its sums mean beside their
+    means; or `judged` says all that an evaluation finds. `meta` is saved with every checkpoint; `shapes` are those of
+    the batches so far, each compiled once."""
 
     step: Step
     frozen: Any
@@ -102,8 +104,11 @@ class Run:
     meter: Throughput
     progress: Progress
     checkpoints: Checkpoints
+    sampled: Callable[[TrainState], HostBatch] | None = None
+    logged: Callable[[], dict[str, float]] = dict
     evaluation: Callable[[], Iterator[HostBatch]] | None = None
     measures: Callable[[Mapping[str, Sum]], dict[str, float]] = lambda sums: {}
+    judged: Callable[[TrainState], dict[str, float]] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     tokens_seen: int = 0
     shapes: set[tuple[int, ...]] = field(default_factory=set)
@@ -121,10 +126,8 @@ def train(run: Run, state: TrainState) -> TrainState:
     before: _Found | None = None
     with _signals() as stop:
         while done < run.schedule.steps:
-            with run.meter.waiting_for_data():
-                host = next(run.batches)
-                _tell_shape(run, host)
-                batch = device_batch(host, run.mesh, part=run.batches.part)
+            host = _next_batch(run, state)
+            batch = device_batch(host, run.mesh, part=run.batches.part)
             state, found = run.step.train(state, run.frozen, batch)
             done += 1
             _judge(run, before)
@@ -132,13 +135,13 @@ def train(run: Run, state: TrainState) -> TrainState:
             tokens, rows = _amount(host, run.batches.part)
             run.tokens_seen += tokens
             run.meter.step(tokens=tokens, rows=rows)
-            window.add({name: (value, 1.0) for name, value in found.items() if name != "halted"})
+            window.add({name: (value, 1.0) for name, value in (found | run.logged()).items() if name != "halted"})
             last = done == run.schedule.steps or stop.number is not None
             if _due(run, run.schedule.log, done) or (done == 1 and run.schedule.log_first) or last:
                 _judge(run, before)
                 losses = _log(run, window, done, losses, steps=done - start - losses.steps)
             run.progress.advance(done)
-            if run.evaluation is not None and _due(run, run.schedule.evaluate, done):
+            if (run.evaluation or run.judged) and _due(run, run.schedule.evaluate, done):
                 _judge(run, before)
                 _evaluate(run, state, done)
             if _due(run, run.schedule.save, done) or stop.number is not None:
@@ -153,6 +156,16 @@ def train(run: Run, state: TrainState) -> TrainState:
         done, {**run.meter.summary(), "train_loss": losses.total / max(losses.steps, 1)}, epoch=_epoch(run, done)
     )
     return state
+
+
+def _next_batch(run: Run, state: TrainState) -> HostBatch:
+    if run.sampled is None:
+        with run.meter.waiting_for_data():
+            host = next(run.batches)
+    else:
+        host = run.sampled(state)
+    _tell_shape(run, host)
+    return host
 
 
 def device_batch(host: HostBatch, mesh: Mesh, *, part: Part | None = None) -> Batch:
@@ -205,10 +218,13 @@ def _log(run: Run, window: Window, done: int, losses: _Mean, *, steps: int) -> _
 
 
 def _evaluate(run: Run, state: TrainState, done: int) -> None:
-    assert run.evaluation is not None
     with run.meter.pause():
-        sums = evaluate(run.step, state.params, state.frozen(run.frozen), run.mesh, run.evaluation())
-    found = {name: float(each.mean()) for name, each in sums.items() if float(each.count)} | run.measures(sums)
+        if run.judged is not None:
+            found = run.judged(state)
+        else:
+            assert run.evaluation is not None
+            sums = evaluate(run.step, state.params, state.frozen(run.frozen), run.mesh, run.evaluation())
+            found = {name: float(each.mean()) for name, each in sums.items() if float(each.count)} | run.measures(sums)
     values = {f"eval_{name}": value for name, value in found.items()}
     run.progress.show(done, run.metrics.log(done, values, epoch=_epoch(run, done)))
 

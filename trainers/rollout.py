@@ -1,0 +1,326 @@
+"""Batches of the policy's own answers: prompts → answers → rewards → advantages → arrays to train on.
+
+N answers, G to each prompt, next to one another; F reward functions; batches [A, B, L] as everywhere. Every process
+does the same, but that rewards are asked for on process 0 alone.
+"""
+
+import base64
+import dataclasses
+import io
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from input_pipeline.batches import State, same_data
+from input_pipeline.collate import Line, bucket_length, collate, shift
+from input_pipeline.prompts import PromptBatches, PromptRow, Prompts
+from models.generate import Generated
+from trainers.processes import on_process_0
+from trainers.step import TrainState
+
+log = logging.getLogger(__name__)
+
+HostBatch = dict[str, np.ndarray]
+Rewards = np.ndarray  # float64 [N, F], NaN where a function has no opinion
+
+
+class Judge(Protocol):
+    """What scores answers, such as `reward_workers.RewardFunctions`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Rewards: ...
+
+
+class Valued(NamedTuple):
+    """What answers are worth: the advantage of each [N], which of their groups tell anything [N / G], and the log's."""
+
+    advantages: np.ndarray
+    informative: np.ndarray
+    logged: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How answers become batches: `group` answers to each prompt, in microbatches of `rows` answers of at most
+    `max_length` tokens with their prompt; a generation is learned from in `updates` optimizer steps of `accumulation`
+    microbatches each, round and round. With `mask_truncated`, answers that were cut off teach nothing. `seed` is of
+    the order in which answers are learned from, where there is more than one update.
+    """
+
+    group: int
+    rows: int
+    accumulation: int
+    updates: int
+    max_length: int
+    mask_truncated: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a rollout is made with.
+
+    sample(state, frozen, prompts' ids, generation, group): `group` answers to each, in order. judge: rewards.
+    value(rewards, lengths, group): advantages. score(state, frozen, batch): log-probabilities of the targets [M, B, L]
+    under the policy that answered, as training computes them; None where there is but one update. decode(ids): text.
+    attempts: how often more prompts are drawn for groups that tell nothing; 1: never.
+    """
+
+    sample: Callable[[TrainState, Any, Sequence[Sequence[int]], int, int], list[Generated]]
+    judge: Judge
+    value: Callable[[Rewards, np.ndarray, int], Valued]
+    decode: Callable[[Sequence[int]], str]
+    score: Callable[[TrainState, Any, HostBatch], np.ndarray] | None = None
+    attempts: int = 1
+
+
+class Answered(NamedTuple):
+    """A prompt's answers, what they were given and what they are worth."""
+
+    row: PromptRow
+    answers: tuple[Generated, ...]
+    texts: tuple[str, ...]
+    rewards: Rewards  # [G, F]
+    advantages: np.ndarray  # [G]
+
+
+class Rollouts:
+    """Batches to train on, one after the other; the policy answers anew when the last ones are used up.
+
+    `sampled(state)` is the next batch, by the policy of `state`. `get_state()` has what is left of a generation, so
+    that a run goes on bit for bit in the midst of one.
+    """
+
+    part = None  # every process is given the whole batch
+
+    def __init__(self, prompts: PromptBatches, means: Means, shape: Shape):
+        self._prompts, self._means, self._shape = prompts, means, shape
+        self.on_answers: OnAnswers | None = None
+        self._generation = 0
+        self._answers: HostBatch = {}  # of the generation, [M, B, L]
+        self._rows_of: list[list[int]] = []  # of each of its M microbatches
+        self._next = shape.updates  # which of its updates comes next
+        self.rows: tuple[int, ...] = ()
+        self._logged: dict[str, float] = {}
+        self._given: float | None = None
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The reward functions' names."""
+        return self._means.judge.names
+
+    def sampled(self, state: TrainState, frozen: Any) -> HostBatch:
+        """The next batch [A, B, L]; `state` holds the policy, or what is trained of it beside `frozen`."""
+        if self._next == self._shape.updates:
+            self._generate(state, frozen)
+        first = self._next * self._shape.accumulation
+        taken = [m % len(self._rows_of) for m in range(first, first + self._shape.accumulation)]
+        self._next += 1
+        self.rows = tuple(row for m in taken for row in self._rows_of[m])
+        self._given = time.perf_counter()
+        return {name: array[taken] for name, array in self._answers.items()}
+
+    def judged(self, state: TrainState, frozen: Any, prompts: Prompts, *, group: int) -> dict[str, float]:
+        """What the policy's answers to other prompts are worth, `group` to each: the log's numbers of them all."""
+        rows = [prompts[row] for row in range(len(prompts))]
+        answers = self._means.sample(state, frozen, [row.ids for row in rows], -1, group)
+        groups, valued = self._judged(rows, answers, group)
+        return valued.logged | completion_metrics(groups)
+
+    def logged(self) -> dict[str, float]:
+        """What there is to log of the generation that the last batch began; nothing if it began none."""
+        found, self._logged = self._logged, {}
+        return found
+
+    def name_of(self, row: int) -> str:
+        """Where a prompt comes from."""
+        return self._prompts.name_of(row)
+
+    def get_state(self) -> State:
+        """Where the next batch starts, with the answers that are not used up."""
+        left = self._next < self._shape.updates
+        return {
+            "data": self._data(),
+            "position": {
+                "prompts": self._prompts.get_state()["position"],
+                "generation": self._generation,
+                "next": self._next,
+                "answers": _packed(self._answers) if left else None,
+                "rows": self._rows_of if left else [],
+            },
+        }
+
+    def set_state(self, state: State) -> None:
+        """Go on where `state` was taken; ValueError says what differs if it is of other data."""
+        same_data(state["data"], self._data())
+        position = state["position"]
+        self._prompts.set_state({"data": self._prompts.get_state()["data"], "position": position["prompts"]})
+        self._generation, self._next = int(position["generation"]), int(position["next"])
+        self._answers = _unpacked(position["answers"]) if position["answers"] else {}
+        self._rows_of = [list(map(int, rows)) for rows in position["rows"]]
+
+    def close(self) -> None:
+        """Nothing runs ahead."""
+
+    def _data(self) -> dict[str, Any]:
+        shape = self._shape
+        own = {"rows_per_step": shape.rows * shape.accumulation, **dataclasses.asdict(shape)}
+        return {**self._prompts.get_state()["data"], **own}
+
+    def _generate(self, state: TrainState, frozen: Any) -> None:
+        clock = _Clock(self._given)
+        jax.block_until_ready(state.params)
+        clock.lap("update")
+        groups, logged = self._answered(state, frozen, clock)
+        lines = [line for group in groups for line in lines_of(group, mask_truncated=self._shape.mask_truncated)]
+        self._answers, self._rows_of = self._batched(lines)
+        self._next = 0
+        if self._means.score is not None:
+            self._answers["old_logprobs"] = self._means.score(state, frozen, self._answers)
+            clock.lap("score")
+        self._logged = logged | completion_metrics(groups) | clock.seconds(groups)
+        if self.on_answers is not None:
+            self.on_answers(int(state.step), groups)
+
+    def _answered(self, state: TrainState, frozen: Any, clock: "_Clock") -> tuple[list[Answered], dict[str, float]]:
+        """Groups of answers, as many as a generation has; for those that tell nothing others are drawn, if asked."""
+        kept: list[Answered] = []
+        spare: list[Answered] = []
+        logged: list[dict[str, float]] = []
+        for attempt in range(1, self._means.attempts + 1):
+            rows = next(self._prompts)
+            answers = self._means.sample(state, frozen, [row.ids for row in rows], self._generation, self._shape.group)
+            self._generation += 1
+            clock.lap("generate")
+            groups, valued = self._judged(rows, answers, self._shape.group)
+            clock.lap("reward")
+            logged.append(valued.logged)
+            for group, tells in zip(groups, valued.informative, strict=True):
+                (kept if tells or self._means.attempts == 1 else spare).append(group)
+            if len(kept) >= len(rows):
+                break
+            if attempt == self._means.attempts and spare:
+                log.warning(
+                    "after %d tries %d of %d prompts have answers that differ in reward", attempt, len(kept), len(rows)
+                )
+        means = {name: float(np.nanmean([each[name] for each in logged])) for name in logged[0]}
+        return (kept + spare)[: len(rows)], means
+
+    def _judged(
+        self, rows: Sequence[PromptRow], answers: Sequence[Generated], group: int
+    ) -> tuple[list[Answered], Valued]:
+        texts = [self._means.decode(answer.tokens) for answer in answers]
+        each = [row for row in rows for _ in range(group)]
+        names = sorted(set().union(*(row.columns for row in rows)))
+        scores = on_process_0(
+            lambda: self._means.judge.score(
+                [row.prompt for row in each],
+                [completion_of(row, text) for row, text in zip(each, texts, strict=True)],
+                [answer.ids for answer in answers],
+                {name: [row.columns.get(name) for row in each] for name in names},
+            ).tolist()
+        )
+        rewards = np.array(scores, np.float64)
+        valued = self._means.value(rewards, np.array([len(answer.ids) for answer in answers]), group)
+        groups = []
+        for number, row in enumerate(rows):
+            own = slice(number * group, (number + 1) * group)
+            groups.append(Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], valued.advantages[own]))
+        return groups, valued
+
+    def _batched(self, lines: list[Line]) -> tuple[HostBatch, list[list[int]]]:
+        """The answers [M, B, L], and which prompts each microbatch has."""
+        shape = self._shape
+        if shape.updates > 1:
+            order = np.random.default_rng([shape.seed, self._generation]).permutation(len(lines))
+            lines = [lines[i] for i in order]
+        length = bucket_length(max(len(line.columns) for line in lines), shape.max_length)
+        count, left = divmod(len(lines), shape.rows)
+        assert not left
+        rows = [[int(line.rows[0]) for line in lines[m * shape.rows : (m + 1) * shape.rows]] for m in range(count)]
+        return collate(lines, accumulation=count, rows=shape.rows, length=length), rows
+
+
+OnAnswers = Callable[[int, Sequence[Answered]], None]  # told of every generation, with the updates made before it
+
+
+def completion_of(row: PromptRow, text: str) -> Any:
+    """An answer as reward functions see it: a string after a string, a message after messages (as TRL has it)."""
+    return text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def lines_of(group: Answered, *, mask_truncated: bool) -> list[Line]:
+    """A row of a batch for each answer: its prompt, then itself, with `advantages` and `sampled_logprobs` at its
+    predictions. An answer that was cut off has no weight if it is to be masked, and is a row all the same.
+    """
+    lines = []
+    for answer, advantage in zip(group.answers, group.advantages, strict=True):
+        ids = np.array([*group.row.ids, *answer.ids], np.int32)
+        own = np.zeros(len(ids), bool)
+        own[len(group.row.ids) :] = True
+        at = np.append(own[1:], False)
+        more = {name: np.zeros(len(ids), np.float32) for name in ("advantages", "sampled_logprobs")}
+        more["advantages"][at], more["sampled_logprobs"][at] = advantage, answer.logprobs
+        columns = shift(ids, own & (not mask_truncated or answer.finish == "stop"))
+        segments, positions = np.ones(len(ids), np.int32), np.arange(len(ids), dtype=np.int32)
+        lines.append(Line(columns, segments, positions, (group.row.row,), more))
+    return lines
+
+
+def completion_metrics(groups: Sequence[Answered]) -> dict[str, float]:
+    """Lengths of the answers in tokens, and the share that was cut off, under TRL's names."""
+    answers = [answer for group in groups for answer in group.answers]
+    lengths = {"": [len(answer.ids) for answer in answers]}
+    lengths["terminated_"] = [len(answer.ids) for answer in answers if answer.finish == "stop"]
+    found = {
+        f"completions/{name}_{kind}length": float(of(each))
+        for kind, each in lengths.items()
+        for name, of in (("mean", np.mean), ("min", np.min), ("max", np.max))
+        if each
+    }
+    return found | {"completions/clipped_ratio": 1 - len(lengths["terminated_"]) / len(answers)}
+
+
+class _Clock:
+    """Seconds of each phase since the last batch was handed over."""
+
+    def __init__(self, since: float | None):
+        self._last = time.perf_counter() if since is None else since
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """The phase ends now; it may come again."""
+        now = time.perf_counter()
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def seconds(self, groups: Sequence[Answered]) -> dict[str, float]:
+        """`time/<phase>`, and the tokens of the answers by the seconds they took."""
+        tokens = sum(len(answer.ids) for group in groups for answer in group.answers)
+        found = {f"time/{phase}": seconds for phase, seconds in self._laps.items()}
+        return found | {"generated_tokens_per_second": tokens / max(self._laps["generate"], 1e-9)}
+
+
+def _packed(batch: HostBatch) -> str:
+    """A batch as text: numpy's own format, without pickle, in base64."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **batch)  # type: ignore[arg-type]  # names are no arguments of its
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _unpacked(text: str) -> HostBatch:
+    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
