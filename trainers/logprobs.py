@@ -24,6 +24,7 @@ class Flavour(NamedTuple):
 
     chunk: int
     softcap: float | None
+    temperature: float
     also: tuple[str, ...]
 
 
@@ -35,6 +36,7 @@ def token_logprobs(
     weights_BL: jax.Array | None = None,
     bias_V: jax.Array | None = None,
     softcap: float | None = None,
+    temperature: float = 1.0,
     chunk: int = 512,
 ) -> jax.Array:
     """log p of every target [B, L], float32 nats, with gradients to hidden states, head and bias.
@@ -42,7 +44,15 @@ def token_logprobs(
     Arguments are those of `token_scores`.
     """
     return token_scores(
-        hidden_BLD, head_VD, targets_BL, also=(), weights_BL=weights_BL, bias_V=bias_V, softcap=softcap, chunk=chunk
+        hidden_BLD,
+        head_VD,
+        targets_BL,
+        also=(),
+        weights_BL=weights_BL,
+        bias_V=bias_V,
+        softcap=softcap,
+        temperature=temperature,
+        chunk=chunk,
     )["logprob"]
 
 
@@ -55,21 +65,26 @@ def token_scores(
     weights_BL: jax.Array | None = None,
     bias_V: jax.Array | None = None,
     softcap: float | None = None,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
     chunk: int = 512,
 ) -> dict[str, jax.Array]:
     """`logprob` of every target, and what else is asked for of its prediction: float32 arrays [B, L].
 
     Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L]; weights [B, L], 0 where nothing is wanted and
     all results are 0 (everything is, without them); the head's bias and the cap c of its logits, c tanh(logits / c);
-    `chunk`, how many tokens of the batch meet the vocabulary at once. `also` names any of `entropy` (nats),
-    `mean_logit` (over the vocabulary), `correct` (1 where the target ranks first) and `log_sum_squares`
-    (log sum_v p_v^2). Only `logprob` has a gradient. ValueError for another name.
+    the `temperature` that these are divided by; `chunk`, how many tokens of the batch meet the vocabulary at once.
+    `also` names any of `entropy` (nats), `mean_logit` (over the vocabulary), `correct` (1 where the target ranks first)
+    and `log_sum_squares` (log sum_v p_v^2). Only `logprob` has a gradient, and with `entropy_gradient` the entropy.
+    ValueError for another name.
     """
     if unknown := sorted(set(also) - set(ALSO)):
         raise ValueError(f"token_scores: also={unknown}: allowed are {', '.join(ALSO)}")
     wanted_BL = jnp.ones(targets_BL.shape, bool) if weights_BL is None else weights_BL > 0
-    found = _scores(hidden_BLD, (head_VD, bias_V), targets_BL, wanted_BL, Flavour(chunk, softcap, tuple(also)))
-    return {name: x_BL if name == "logprob" else jax.lax.stop_gradient(x_BL) for name, x_BL in found.items()}
+    flavour = Flavour(chunk, softcap, temperature, tuple(also))
+    found = _scores(hidden_BLD, (head_VD, bias_V), targets_BL, wanted_BL, flavour)
+    with_gradient = ("logprob", "entropy") if entropy_gradient else ("logprob",)
+    return {name: x_BL if name in with_gradient else jax.lax.stop_gradient(x_BL) for name, x_BL in found.items()}
 
 
 def row_sums(
@@ -113,26 +128,28 @@ def _forward(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour):
 
 def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
     hidden_BLD, head, targets_BL, wanted_BL, log_z_pieces, trained = kept
-    if isinstance(cotangents["logprob"], SymbolicZero):
+    asked = {name: x_BL for name, x_BL in cotangents.items() if not isinstance(x_BL, SymbolicZero)}
+    if not asked:
         return None, None, None, None
-    asked_BL = jnp.where(wanted_BL, cotangents["logprob"], 0.0)
+    asked = {name: jnp.where(wanted_BL, x_BL, 0.0) for name, x_BL in asked.items()}
     order_BL, columns = _plan(wanted_BL, flavour.chunk)
     pieces = (
         _cut(hidden_BLD, order_BL, columns),
         _cut(targets_BL, order_BL, columns),
         log_z_pieces,
-        _cut(asked_BL, order_BL, columns),
+        {name: _cut(x_BL, order_BL, columns) for name, x_BL in asked.items()},
     )
     head_cast = (head[0].astype(hidden_BLD.dtype), head[1])
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     d_head: Any = None if trained is None else jax.tree.map(wide, head)
 
     def live(d_head, piece):
-        hidden_TD, targets_T, log_z_T, asked_T = (x.reshape(-1, *x.shape[2:]) for x in piece)
-        logits_TV = _logits(hidden_TD, head_cast, flavour.softcap)
-        is_label_TV = jnp.arange(logits_TV.shape[1])[None, :] == targets_T[:, None]
-        d_logits_TV = jnp.where(is_label_TV, 1.0, 0.0) - jnp.exp(logits_TV - log_z_T[:, None])
-        d_logits_TV *= asked_T[:, None]
+        hidden_TD, targets_T, log_z_T, asked_T = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), piece)
+        logits_TV = _logits(hidden_TD, head_cast, flavour)
+        d_logits_TV = _chunk_gradient(logits_TV, targets_T, log_z_T, asked_T)
+        if flavour.temperature != 1:
+            d_logits_TV /= flavour.temperature
+            logits_TV *= flavour.temperature
         if flavour.softcap is not None:
             d_logits_TV *= 1 - jnp.square(logits_TV / flavour.softcap)
         d_narrow_TV = d_logits_TV.astype(hidden_TD.dtype)
@@ -146,7 +163,8 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
         return d_head, jnp.zeros_like(piece[0])
 
     def body(d_head, piece):
-        return jax.lax.cond((piece[3] != 0).any(), live, dead, d_head, piece)
+        some = functools.reduce(jnp.logical_or, [(x != 0).any() for x in piece[3].values()])
+        return jax.lax.cond(some, live, dead, d_head, piece)
 
     d_head, d_pieces = jax.lax.scan(body, d_head, pieces)
     if d_head is not None:
@@ -165,7 +183,7 @@ def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[d
 
     def live(piece):
         hidden_TD, targets_T, _ = (x.reshape(-1, *x.shape[2:]) for x in piece)
-        found, log_z_T = _chunk_scores(_logits(hidden_TD, head_cast, flavour.softcap), targets_T, flavour.also)
+        found, log_z_T = _chunk_scores(_logits(hidden_TD, head_cast, flavour), targets_T, flavour.also)
         wanted = piece[2]
         found = {name: jnp.where(wanted, x_T.reshape(wanted.shape), 0.0) for name, x_T in found.items()}
         return found, log_z_T.reshape(wanted.shape)  # log Z of all: e^logits / Z must be finite in the backward pass
@@ -201,14 +219,33 @@ def _chunk_scores(logits_TV: jax.Array, targets_T: jax.Array, also: Sequence[str
     return found, lse_T + highest_T
 
 
-def _logits(hidden_TD: jax.Array, head, softcap: float | None) -> jax.Array:
-    """Logits of a chunk [T, V], float32, capped."""
+def _chunk_gradient(logits_TV: jax.Array, targets_T: jax.Array, log_z_T: jax.Array, asked_T: dict[str, jax.Array]):
+    """The gradient with respect to the logits [T, V] of what is asked for, by name: of a target's log p that is
+    (1 for the target) - p, of the entropy H = -sum p log p it is -p (log p + H).
+    """
+    log_p_TV = logits_TV - log_z_T[:, None]
+    p_TV = jnp.exp(log_p_TV)
+    found = []
+    if "logprob" in asked_T:
+        is_label_TV = jnp.arange(logits_TV.shape[1])[None, :] == targets_T[:, None]
+        found.append((jnp.where(is_label_TV, 1.0, 0.0) - p_TV) * asked_T["logprob"][:, None])
+    if "entropy" in asked_T:
+        entropy_T = -(p_TV * log_p_TV).sum(axis=-1)
+        found.append(-p_TV * (log_p_TV + entropy_T[:, None]) * asked_T["entropy"][:, None])
+    return functools.reduce(jnp.add, found)
+
+
+def _logits(hidden_TD: jax.Array, head, flavour: Flavour) -> jax.Array:
+    """Logits of a chunk [T, V], float32, capped and by the temperature."""
     kernel_VD, bias_V = head
+    softcap = flavour.softcap
     logits_TV = jnp.einsum("td,vd->tv", hidden_TD, kernel_VD, preferred_element_type=jnp.float32)
     if bias_V is not None:
         logits_TV += bias_V.astype(jnp.float32)[None, :]
     if softcap is not None:
         logits_TV = softcap * jnp.tanh(logits_TV / softcap)
+    if flavour.temperature != 1:
+        logits_TV /= flavour.temperature
     return constrain(logits_TV, ROWS, "tensor")
 
 

@@ -23,18 +23,27 @@ LOGGED = ("entropy", "mean_logit", "correct")  # what `preference.token_metrics`
 
 
 class Scorer(NamedTuple):
-    """How a model scores a batch. `shared`: prompts stand once, and branches part from them."""
+    """How a model scores a batch. `shared`: prompts stand once, and branches part from them, if there are any; logits
+    are divided by `temperature`.
+    """
 
     config: DecoderConfig
     compute: Compute
     shared: bool
+    temperature: float = 1.0
 
     def scores(
-        self, params: Params, batch: Batch, weights_BL: jax.Array, *, also: tuple[str, ...] = ()
+        self,
+        params: Params,
+        batch: Batch,
+        weights_BL: jax.Array,
+        *,
+        also: tuple[str, ...] = (),
+        entropy_gradient: bool = False,
     ) -> tuple[dict[str, jax.Array], RouterStats | None]:
         """`token_scores` of the targets with a weight, float32 [B, L], and what the routers did."""
-        segments_BL, branches_BL = batch["segments"], batch["branches"]
-        if not self.shared:  # every answer is a document of its own
+        segments_BL, branches_BL = batch["segments"], batch.get("branches")
+        if branches_BL is not None and not self.shared:  # every answer is a document of its own
             segments_BL = jnp.where(segments_BL > 0, segments_BL + branches_BL, 0)
         hidden_BLD, routers = routed_hidden_states(
             params,
@@ -54,6 +63,8 @@ class Scorer(NamedTuple):
             weights_BL=weights_BL,
             bias_V=out.bias_V,
             softcap=out.softcap,
+            temperature=self.temperature,
+            entropy_gradient=entropy_gradient,
         )
         return found, routers
 
