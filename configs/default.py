@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import accepted, methods
 from configs.key import Items, Key, Same, Table, defaults, later, without_effect
 
-TRAINERS_LATER = ("TRL_GRPO", "VERL_GRPO", "TRL_GKD", "TRL_GOLD")
+TRAINERS_LATER = ("TRL_GKD", "TRL_GOLD")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "uint8")
 DTYPE_NAMES = {
     **dict.fromkeys(("f32", "float"), "float32"),
@@ -178,9 +178,9 @@ TRAINER_KWARGS: Table = {
 TRAINING: Table = {
     "trainer_type": Key(
         "HF",
-        ("HF", "TRL_SFT", "OUMI", "TRL_DPO", "TRL_KTO", *TRAINERS_LATER),
+        ("HF", "TRL_SFT", "OUMI", "TRL_DPO", "TRL_KTO", "TRL_GRPO", "VERL_GRPO", *TRAINERS_LATER),
         "the method; HF and TRL_SFT: supervised fine-tuning, OUMI: pretraining, with perplexity, TRL_DPO and TRL_KTO: "
-        "learning from preferences",
+        "learning from preferences, TRL_GRPO and VERL_GRPO: from rewards of the model's own answers",
         later=TRAINERS_LATER,
     ),
     "output_dir": Key("output", str, "folder of everything a run leaves"),

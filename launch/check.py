@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.load import Loaded, explain
+from configs.methods import GRPO
 from input_pipeline.pipeline import Feed
 from launch import assemble
 from launch.assemble import Model
-from launch.data import described, rows_per_step, train_data, validation_data
+from launch.data import described, prompts_of, rows_per_step, validation_data
 from launch.method import method_of
-from launch.train import learning_rate_of, schedule_of, step_of
+from launch.train import feed_of, learning_rate_of, schedule_of, step_of
 from models.sharding import parameter_shardings
 from models.weights import check_weights
 
@@ -31,8 +32,19 @@ def run(loaded: Loaded) -> None:
     model = assemble.open_model(config)
     if config.model.load_pretrained_weights:
         check_weights(model.folder, model.config)
-    feed = train_data(config, model, mesh, to_train=False)
-    if validation := validation_data(config, model, mesh, to_train=False):
+    with feed_of(config, model, mesh, to_train=False) as feed:
+        found, needed = _found(config, mesh, model, feed)
+    for name, text in found:
+        console.print(f"{name:>26}  {text}", highlight=False, markup=False, soft_wrap=True)
+    console.print(_verdict(needed, mesh))
+
+
+def _found(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed) -> tuple[list[tuple[str, str]], float]:
+    """What there is to say, a name and a text each, and the bytes that a device needs in all."""
+    if config.training.trainer_type in GRPO:
+        if config.data.validation.datasets:
+            prompts_of(config, model.tokenizer, "validation")
+    elif validation := validation_data(config, model, mesh, to_train=False):
         validation.batches.close()
     plan = schedule_of(config, mesh, feed)
     learning_rate = learning_rate_of(config, mesh, plan.steps)
@@ -54,9 +66,7 @@ def run(loaded: Loaded) -> None:
         *((name, f"{size / GIB:.2f} GiB a device") for name, size in needed),
     ]
     feed.batches.close()
-    for name, text in found:
-        console.print(f"{name:>26}  {text}", highlight=False, markup=False, soft_wrap=True)
-    console.print(_verdict(needed[-1][1], mesh))
+    return found, needed[-1][1]
 
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import derived
-from configs.methods import PREFERENCE
+from configs.methods import GRPO, PREFERENCE
+from launch import grpo
 from launch.assemble import Model, compute_of
 from launch.preferences import computes_reference, frozen_of, loss_of, sync_of
 from models.lora import Parts
@@ -42,6 +43,16 @@ def method_of(config: ConfigDict, model: Model, *, longest_document: int) -> Met
     """The method that the configuration names; ValueError for settings of it that do not fit together."""
     compute = compute_of(config, model, longest_document=longest_document)
     drops = model.lora is not None and model.lora.dropout > 0
+    if config.training.trainer_type in GRPO:
+        loss = grpo.policy_loss_of(config, model, compute)
+        return Method(
+            loss,
+            loss,
+            frozen=lambda parts: grpo.frozen_of(config, model, parts),
+            draws=drops and not derived.disables_dropout(config),
+            sync=sync_of(config, model) if grpo.compares(config) else None,
+            forwards=int(grpo.compares(config)),
+        )
     if config.training.trainer_type in PREFERENCE:
         loss = loss_of(config, model, compute)
         return Method(

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from launch.data import (
     validation_data,
 )
 from launch.export import Described, write_adapter, write_model
+from launch.grpo import of_own_answers, own_answers
 from launch.method import Method, method_of
 from launch.samples import sample_answers
 from models.decoder import Params
@@ -64,15 +65,23 @@ def run(loaded: Loaded, *, allow_config_change: bool = False) -> None:
     mesh = assemble.prepare_devices(config)
     model = assemble.open_model(config)
     folder = Path(config.training.output_dir)
-    with contextlib.ExitStack() as until_the_end:
-        if config.training.trainer_type in GRPO:
-            from launch.grpo import own_answers
-
-            feed = until_the_end.enter_context(own_answers(config, model, mesh))
-        else:
-            feed = train_data(config, model, mesh)
-        checkpoints = until_the_end.enter_context(Checkpoints(folder, keep=config.training.keep_checkpoints))
+    with (
+        feed_of(config, model, mesh) as feed,
+        Checkpoints(folder, keep=config.training.keep_checkpoints) as checkpoints,
+    ):
         _train(config, mesh, model, feed, checkpoints, allow_config_change=allow_config_change)
+
+
+@contextlib.contextmanager
+def feed_of(config: ConfigDict, model: Model, mesh: Mesh, *, to_train: bool = True) -> Iterator[Feed]:
+    """The batches to train on: of rows, or of the policy's own answers, whose reward functions then run as long as this
+    is open. Not `to_train`, nothing is computed with the model.
+    """
+    if config.training.trainer_type not in GRPO:
+        yield train_data(config, model, mesh, to_train=to_train)
+        return
+    with own_answers(config, model, mesh) as feed:
+        yield feed
 
 
 def _train(
@@ -81,8 +90,6 @@ def _train(
     training, folder = config.training, checkpoints.folder
     plan = schedule_of(config, mesh, feed)
     asks = training.trainer_type in GRPO
-    if asks:
-        from launch.grpo import of_own_answers
     validation = validation_data(config, model, mesh) if training.eval_strategy != "no" and not asks else None
     learning_rate = learning_rate_of(config, mesh, plan.steps)
     method = method_of(config, model, longest_document=longest_document(feed, validation))

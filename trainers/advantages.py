@@ -65,7 +65,7 @@ def advantages(
         found = ((grouped - _mean(grouped, axis=1)) / divisor).reshape(-1)
         informative = deviations[:, 0] > NO_DIFFERENCE
     logged = _logged(rewards, weighted_N, used, names)
-    return Valued(np.nan_to_num(found, nan=0.0), informative, logged)
+    return Valued(np.nan_to_num(found, nan=0.0), np.asarray(informative), logged)
 
 
 def verl_advantages(

@@ -38,6 +38,9 @@ _NOT_COMPARED = (
     "training.dataloader_num_workers",
     "training.dataloader_prefetch_factor",
     "training.telemetry",
+    "training.reward_timeout",
+    "training.reward_workers",
+    "training.grpo.log_completions",
     "training.profiler",
 )
 _ONLY_TOLD = ("model.attn_implementation",)
@@ -57,6 +60,7 @@ _DECISIVE = (
     "training.reward_functions",
     "training.reward_function_kwargs",
     "training.grpo",
+    "training.verl_config_overrides",
 )
 
 

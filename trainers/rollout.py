@@ -20,6 +20,7 @@ from input_pipeline.batches import State, same_data
 from input_pipeline.collate import Line, bucket_length, collate, shift
 from input_pipeline.prompts import PromptBatches, PromptRow, Prompts
 from models.generate import Generated
+from trainers.advantages import Valued
 from trainers.processes import on_process_0
 from trainers.step import TrainState
 
@@ -42,14 +43,6 @@ class Judge(Protocol):
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
     ) -> Rewards: ...
-
-
-class Valued(NamedTuple):
-    """What answers are worth: the advantage of each [N], which of their groups tell anything [N / G], and the log's."""
-
-    advantages: np.ndarray
-    informative: np.ndarray
-    logged: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

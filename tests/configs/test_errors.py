@@ -137,7 +137,8 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         # what is to come
         (
             "--training.trainer_type=TRL_GKD",
-            "not implemented yet: training.trainer_type: TRL_GKD; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO",
+            "not implemented yet: training.trainer_type: TRL_GKD; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO,"
+            " TRL_GRPO, VERL_GRPO",
         ),
         ("--peft.llm_int8_skip_modules=[a]", "not implemented yet: peft.llm_int8_skip_modules: [a]"),
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
@@ -232,8 +233,8 @@ def test_of_a_method_to_come_only_the_method_is_told(problems):
           trainer_kwargs: {neftune_noise_alpha: 0.1}
         """
     assert problems(text) == (
-        "not implemented yet: training.trainer_type: TRL_GKD; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO"
-        " (run.yaml:3)",
+        "not implemented yet: training.trainer_type: TRL_GKD; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO, TRL_GRPO,"
+        " VERL_GRPO (run.yaml:3)",
     )
 
 

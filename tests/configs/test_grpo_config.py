@@ -2,28 +2,18 @@
 
 import re
 import textwrap
-from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from configs import derived, verl
-from configs.default import SCHEMA, get_config
+from configs.default import get_config
 from configs.load import ConfigError, load
-from configs.methods import GRPO
 
 MODEL = "--model.model_name=m"
 DATA = "--data.train.datasets=[{dataset_name: letter_count}]"
 TRL = ("--training.trainer_type=TRL_GRPO", "--training.reward_functions=[count_letters]")
-
-
-@pytest.fixture(autouse=True)
-def grpo_is_there(monkeypatch):
-    """What these keys say does not wait for the trainer."""
-    row = SCHEMA["training"]["trainer_type"]
-    later = tuple(word for word in row.later if word not in GRPO)
-    monkeypatch.setitem(SCHEMA["training"], "trainer_type", replace(row, later=later))
 
 
 @pytest.fixture

@@ -192,21 +192,20 @@ def test_the_page_on_sft_loads_as_written(source):
                 "not implemented yet: data.train.collator_name: vision_language_with_padding",
             ],
         ),
-        (
-            GRPO,
-            ["not implemented yet: training.trainer_type: TRL_GRPO; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO"],
-        ),
-        (
-            VERL,
-            ["not implemented yet: training.trainer_type: VERL_GRPO; works now: HF, TRL_SFT, OUMI, TRL_DPO, TRL_KTO"],
-        ),
     ],
-    ids=["vision", "grpo", "verl"],
+    ids=["vision"],
 )
 def test_the_other_pages_are_understood_and_fail_for_what_is_to_come_only(source, text, problems):
     with pytest.raises(ConfigError) as error:
         load(source(text), [] if "model_name" in text else [MODEL])
     assert [line.rpartition(" (")[0] for line in error.value.problems] == problems
+
+
+@pytest.mark.parametrize(("text", "method"), [(GRPO, "TRL_GRPO"), (VERL, "VERL_GRPO")], ids=["trl", "verl"])
+def test_the_page_on_rewards_loads_as_it_stands(source, text, method):
+    config = load(source(text)).config
+    assert config.training.trainer_type == method
+    assert len(config.training.reward_functions) == 1
 
 
 def test_the_page_on_preferences_loads_as_it_stands(source):

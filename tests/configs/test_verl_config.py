@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from dataclasses import replace
 
 import pytest
 
@@ -10,19 +9,10 @@ from configs import derived, verl
 from configs.default import SCHEMA
 from configs.key import find
 from configs.load import ConfigError, load
-from configs.methods import GRPO
 
 MODEL = "--model.model_name=m"
 VERL = ("--training.trainer_type=VERL_GRPO", "--training.reward_functions=[countdown]")
 DATA = "--data.train.datasets=[{dataset_name: countdown}]"
-
-
-@pytest.fixture(autouse=True)
-def grpo_is_there(monkeypatch):
-    """What these keys say does not wait for the trainer."""
-    row = SCHEMA["training"]["trainer_type"]
-    later = tuple(word for word in row.later if word not in GRPO)
-    monkeypatch.setitem(SCHEMA["training"], "trainer_type", replace(row, later=later))
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from input_pipeline.prompts import PromptBatches, PromptRow, Prompts, read_prompts
 from input_pipeline.reading import Reading
 from models.generate import Generated
+from trainers.advantages import Valued
 from trainers.completions import Completions
-from trainers.rollout import Answered, Means, Rollouts, Shape, Valued, completion_metrics, completion_of, lines_of
+from trainers.rollout import Answered, Means, Rollouts, Shape, completion_metrics, completion_of, lines_of
 from trainers.step import TrainState
 
 STATE = TrainState(step=np.int32(0), params={}, opt_state=None, halted=False)

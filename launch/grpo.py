@@ -1,0 +1,324 @@
+"""Learning from answers of its own, from its configuration: who asks, who answers, what answers are worth.
+
+The keys of `training.grpo`, of `trainer_kwargs` that belong to TRL_GRPO, and verl's are read here and in
+`configs/derived.py`.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from configs import derived, verl
+from input_pipeline.pipeline import Feed
+from input_pipeline.prompts import Prompts, prompt_feed
+from launch.assemble import Model, abstract_parts, compute_of
+from launch.data import limit_of, prompts_of, reading_of, steps_of, template_kwargs
+from models.config import Compute
+from models.generate import Generated, Sampling, complete, stop_ids_of
+from models.lora import Parts, merged
+from models.sharding import batch_sharding, parameter_shardings, replicas
+from trainers.advantages import Valued, advantages, verl_advantages
+from trainers.completions import Completions
+from trainers.grpo import grpo_loss, policy_logprobs
+from trainers.loop import HostBatch, device_batch
+from trainers.policy_losses import GroupPolicy
+from trainers.policy_verl import VerlPolicy
+from trainers.reference import Frozen, reference_leaves
+from trainers.rollout import Means, Rewards, Rollouts, Shape
+from trainers.scoring import Scorer
+from trainers.step import Loss, TrainState
+
+log = logging.getLogger("einkorn")
+
+
+@contextlib.contextmanager
+def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
+    """The batches that a policy makes of its own answers; reward functions run as long as this is open."""
+    from trainers.reward_workers import RewardFunctions
+
+    training = config.training
+    sizes = derived.rollout(config, replicas=replicas(mesh))
+    asked = prompt_feed(
+        config.data,
+        model.tokenizer,
+        reading=reading_of(config),
+        prompts_per_generation=sizes.prompts,
+        epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
+        limit=limit_of(config),
+        template_kwargs=template_kwargs(config),
+        shuffle_rows=derived.shuffles(config),
+    )
+    for notice in asked.notices:
+        log.info(notice)
+    longest = asked.prompts.longest + derived.completion_length(config)
+    shape = Shape(
+        group=sizes.generations,
+        rows=sizes.microbatch,
+        accumulation=sizes.accumulation,
+        updates=sizes.updates,
+        max_length=longest,
+        mask_truncated=masks_truncated(config),
+        seed=training.seed,
+    )
+    with RewardFunctions(
+        training.reward_functions,
+        kwargs=dict(training.reward_function_kwargs),
+        timeout=training.reward_timeout,
+        workers=training.reward_workers,
+    ) as judge:
+        means = Means(
+            sample=sampler(config, model, mesh),
+            judge=judge,
+            value=valuer(config, judge.names),
+            decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
+            score=old_logprobs(config, model, mesh, longest) if sizes.updates > 1 else None,
+            attempts=training.grpo.max_generation_batches if training.grpo.dynamic_sampling else 1,
+        )
+        yield Feed(
+            batches=Rollouts(asked.batches, means, shape),
+            steps=None if asked.generations is None else asked.generations * sizes.updates,
+            steps_per_epoch=asked.generations_per_epoch * sizes.updates,
+            data=asked.prompts,
+            longest=longest,
+            longest_document=longest,
+            useful=None,
+            notices=asked.notices,
+        )
+
+
+def validation_prompts(config: ConfigDict, model: Model) -> Prompts | None:
+    """The prompts that evaluation asks, if there are any."""
+    if not config.data.validation.datasets or config.training.eval_strategy == "no":
+        return None
+    return prompts_of(config, model.tokenizer, "validation")
+
+
+def masks_truncated(config: ConfigDict) -> bool:
+    """Whether answers that were cut off teach nothing; verl learns from them."""
+    return config.training.trainer_type == "TRL_GRPO" and config.training.trainer_kwargs.mask_truncated_completions
+
+
+def evaluated_group(config: ConfigDict) -> int:
+    """Answers to each prompt in evaluation."""
+    if config.training.trainer_type == "VERL_GRPO":
+        return verl.settings(config).evaluation.generations
+    return config.training.trainer_kwargs.num_generations_eval or derived.drawing(config).generations
+
+
+def sampler(
+    config: ConfigDict, model: Model, mesh: Mesh
+) -> Callable[[TrainState, Any, Sequence[Sequence[int]], int, int], list[Generated]]:
+    """A function (state, frozen, prompts, generation, group) → answers, by the parameters in training; generation -1 is
+    an evaluation's.
+    """
+    learning = _sampling(derived.drawing(config))
+    judged = _sampling(verl.settings(config).evaluation) if config.training.trainer_type == "VERL_GRPO" else learning
+    stop_ids = stop_ids_of(model.generation_config or {}, model.tokenizer)
+    strings, most = derived.stop_strings(config), derived.completion_length(config)
+    compute = compute_of(config, model, longest_document=None)
+    slots = derived.rollout(config, replicas=replicas(mesh)).answers
+
+    def sample(
+        state: TrainState, frozen: Any, prompts: Sequence[Sequence[int]], generation: int, group: int
+    ) -> list[Generated]:
+        asked = [prompt for prompt in prompts for _ in range(group)]
+        with jax.set_mesh(mesh):
+            return complete(
+                merged(state.params, frozen.model),
+                model.config,
+                asked,
+                max_new_tokens=most,
+                stop_ids=stop_ids,
+                sampling=learning if generation >= 0 else judged,
+                seed=config.training.seed,
+                numbers=[max(generation, 0) * len(asked) + i for i in range(len(asked))],
+                stop_strings=strings,
+                decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
+                compute=compute,
+                slots=min(slots, MOST_SLOTS),
+            )
+
+    return sample
+
+
+MOST_SLOTS = 256  # answered at once; more wait
+
+
+def _sampling(drawing: verl.Drawing) -> Sampling:
+    return Sampling(
+        drawing.temperature,
+        drawing.top_k,
+        drawing.top_p,
+        min_p=drawing.min_p,
+        repetition_penalty=drawing.repetition_penalty,
+    )
+
+
+def valuer(config: ConfigDict, names: Sequence[str]) -> Callable[[Rewards, np.ndarray, int], Valued]:
+    """A function (rewards [N, F], lengths [N], group) → what answers are worth."""
+    if config.training.trainer_type == "VERL_GRPO":
+        says = verl.settings(config)
+        return lambda rewards, lengths, group: verl_advantages(
+            rewards,
+            lengths,
+            names=names,
+            group=group,
+            estimator=says.adv_estimator,
+            by_std=says.norm_adv_by_std_in_grpo,
+        )
+    kwargs, weights = config.training.trainer_kwargs, derived.reward_weights(config)
+    return lambda rewards, lengths, group: advantages(
+        rewards,
+        names=names,
+        weights=weights,
+        group=group,
+        scale=kwargs.scale_rewards,
+        aggregation=kwargs.multi_objective_aggregation,
+    )
+
+
+def old_logprobs(
+    config: ConfigDict, model: Model, mesh: Mesh, longest: int
+) -> Callable[[TrainState, Any, HostBatch], np.ndarray]:
+    """A function (state, frozen, batch) → log-probabilities of its targets [M, B, L] as training computes them."""
+    score = policy_logprobs(scorer_of(config, model, compute_of(config, model, longest_document=longest)))
+    parts = abstract_parts(model)
+
+    def of_each(params: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        return jax.lax.map(lambda micro: score(params, Frozen(frozen, None), micro), batch)
+
+    jitted = jax.jit(
+        of_each,
+        in_shardings=(
+            parameter_shardings(parts.trained, mesh),
+            None if parts.frozen is None else parameter_shardings(parts.frozen, mesh),
+            batch_sharding(mesh),
+        ),
+        out_shardings=NamedSharding(mesh, P()),
+    )
+
+    def run(state: TrainState, frozen: Frozen, host: HostBatch) -> np.ndarray:
+        needed = {name: host[name] for name in ("tokens", "targets", "weights", "segments", "positions")}
+        with jax.set_mesh(mesh):
+            return np.asarray(jitted(state.params, frozen.model, device_batch(needed, mesh)))
+
+    return run
+
+
+def of_own_answers(
+    config: ConfigDict, model: Model, feed: Feed, frozen: Any, show: Callable[[str], None], step: int
+) -> dict[str, Any]:
+    """What the loop needs beside its usual parts, where batches are the policy's own answers: see `loop.Run`."""
+    rollouts, training = feed.batches, config.training
+    assert isinstance(rollouts, Rollouts)
+    shown = training.grpo.log_completions
+    kept = Completions(
+        Path(training.output_dir) / "completions.jsonl",
+        names=rollouts.reward_names,
+        every=training.logging_steps,
+        rows=training.trainer_kwargs.num_completions_to_print if shown else 0,
+        one_of_each=training.trainer_kwargs.log_unique_prompts,
+        show=show,
+    )
+    kept.go_on(step)
+    rollouts.on_answers = kept
+    prompts, group = validation_prompts(config, model), evaluated_group(config)
+    return {
+        "sampled": lambda state: rollouts.sampled(state, frozen),
+        "logged": rollouts.logged,
+        "judged": None if prompts is None else lambda state: rollouts.judged(state, frozen, prompts, group=group),
+    }
+
+
+def policy_loss_of(config: ConfigDict, model: Model, compute: Compute) -> Loss:
+    """The loss of TRL_GRPO or VERL_GRPO."""
+    how = _of_verl(config) if config.training.trainer_type == "VERL_GRPO" else _of_trl(config)
+    return grpo_loss(scorer_of(config, model, compute), how)
+
+
+def scorer_of(config: ConfigDict, model: Model, compute: Compute) -> Scorer:
+    """How answers are scored: at the temperature they are drawn at."""
+    return Scorer(model.config, compute, shared=False, temperature=derived.drawing(config).temperature)
+
+
+def _of_trl(config: ConfigDict) -> GroupPolicy:
+    kwargs = config.training.trainer_kwargs
+    (loss_type,) = derived.loss_types(config)
+    try:
+        return GroupPolicy(
+            loss_type=loss_type,
+            importance_sampling_level=kwargs.importance_sampling_level,
+            epsilon=config.training.grpo.epsilon,
+            epsilon_high=kwargs.epsilon_high,
+            delta=kwargs.delta,
+            beta=derived.beta(config),
+            use_bias_correction_kl=kwargs.use_bias_correction_kl,
+            max_completion_length=derived.completion_length(config),
+            top_entropy_quantile=kwargs.top_entropy_quantile,
+            entropy_coef=kwargs.entropy_coef,
+            off_policy_mask_threshold=kwargs.off_policy_mask_threshold,
+            sapo_temperature_pos=kwargs.sapo_temperature_pos,
+            sapo_temperature_neg=kwargs.sapo_temperature_neg,
+            vespo_k_pos=kwargs.vespo_k_pos,
+            vespo_lambda_pos=kwargs.vespo_lambda_pos,
+            vespo_k_neg=kwargs.vespo_k_neg,
+            vespo_lambda_neg=kwargs.vespo_lambda_neg,
+            sampler_correction=kwargs.vllm_importance_sampling_mode
+            if kwargs.vllm_importance_sampling_correction
+            else None,
+            sampler_clip_max=kwargs.vllm_importance_sampling_clip_max,
+            sampler_clip_min=kwargs.vllm_importance_sampling_clip_min,
+        )
+    except ValueError as error:
+        raise ValueError(f"training.trainer_kwargs.{error}") from None
+
+
+def _of_verl(config: ConfigDict) -> VerlPolicy:
+    says = verl.settings(config)
+    if says.use_kl_in_reward:
+        raise NotImplementedError(
+            f"not implemented yet: {verl.PATH}.algorithm.use_kl_in_reward: true; say actor.use_kl_loss"
+        )
+    factor = says.loss_scale_factor
+    if says.loss_agg_mode == "seq-mean-token-sum-norm" and factor is None:
+        factor = says.max_response_length  # to which verl pads
+    try:
+        return VerlPolicy(
+            loss_mode=says.loss_mode,
+            loss_agg_mode=says.loss_agg_mode,
+            loss_scale_factor=factor,
+            clip_ratio_low=says.clip_ratio_low,
+            clip_ratio_high=says.clip_ratio_high,
+            clip_ratio_c=says.clip_ratio_c,
+            tau_pos=says.tau_pos,
+            tau_neg=says.tau_neg,
+            entropy_coeff=says.entropy_coeff,
+            use_kl_loss=says.use_kl_loss,
+            kl_loss_coef=says.kl_loss_coef,
+            kl_loss_type=says.kl_loss_type,
+        )
+    except ValueError as error:
+        raise ValueError(f"{verl.PATH}.{verl.ACTOR}.{error}") from None
+
+
+def frozen_of(config: ConfigDict, model: Model, parts: Parts) -> Frozen:
+    """What the loss is given beside the parameters: a reference where there is something to compare with one."""
+    if not compares(config) or config.training.trainer_kwargs.sync_ref_model:
+        return Frozen(parts.frozen, None)
+    return Frozen(parts.frozen, reference_leaves(parts.trained, adapter_is_new=model.has_new_adapter))
+
+
+def compares(config: ConfigDict) -> bool:
+    """Whether the loss has a divergence from a reference."""
+    if config.training.trainer_type == "VERL_GRPO":
+        says = verl.settings(config)
+        return says.use_kl_loss or says.use_kl_in_reward
+    return derived.beta(config) != 0
