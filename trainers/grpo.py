@@ -38,7 +38,7 @@ def grpo_loss(scorer: Scorer, how: GroupPolicy | VerlPolicy) -> Loss:
             entropy_gradient=how.entropy_gradient,
         )
         reference = scorer.reference(frozen, batch) if how.has_reference else None
-        answers = _answers(found, batch, reference)
+        answers = answers_of(found, batch, reference)
         if isinstance(how, GroupPolicy):
             total, metrics = group_policy_loss(answers, how)
         else:
@@ -51,6 +51,26 @@ def grpo_loss(scorer: Scorer, how: GroupPolicy | VerlPolicy) -> Loss:
         return total, metrics
 
     return loss
+
+
+def answers_of(found: dict[str, jax.Array], batch: Batch, reference: jax.Array | None) -> Answers:
+    """A batch's answers; what has no weight is 0 everywhere, whatever the batch says there."""
+    has = batch["weights"] > 0
+
+    def only(values: jax.Array) -> jax.Array:
+        return jnp.where(has, values, 0.0)
+
+    logprob = only(found["logprob"])
+    return Answers(
+        logprob=logprob,
+        old=jax.lax.stop_gradient(only(batch["old_logprobs"]) if "old_logprobs" in batch else logprob),
+        sampled=only(batch["sampled_logprobs"]),
+        advantages=only(batch["advantages"]),
+        entropy=only(found["entropy"]),
+        weights=has.astype(jnp.float32),
+        live=(batch["segments"] > 0).any(axis=1).astype(jnp.float32),
+        reference=None if reference is None else only(reference),
+    )
 
 
 def policy_logprobs(scorer: Scorer) -> Callable[[Params, Frozen, Batch], jax.Array]:
@@ -79,23 +99,3 @@ def divergences(old: jax.Array, reference: jax.Array, weights: jax.Array, *, kin
     """
     each = kl_estimate(old, reference, kind)
     return row_sums(each, weights), row_means(each, weights)
-
-
-def _answers(found: dict[str, jax.Array], batch: Batch, reference: jax.Array | None) -> Answers:
-    """A batch's answers; what has no weight is 0 everywhere, whatever the batch says there."""
-    has = batch["weights"] > 0
-
-    def only(values: jax.Array) -> jax.Array:
-        return jnp.where(has, values, 0.0)
-
-    logprob = only(found["logprob"])
-    return Answers(
-        logprob=logprob,
-        old=jax.lax.stop_gradient(only(batch["old_logprobs"]) if "old_logprobs" in batch else logprob),
-        sampled=only(batch["sampled_logprobs"]),
-        advantages=only(batch["advantages"]),
-        entropy=only(found["entropy"]),
-        weights=has.astype(jnp.float32),
-        live=(batch["segments"] > 0).any(axis=1).astype(jnp.float32),
-        reference=None if reference is None else only(reference),
-    )
