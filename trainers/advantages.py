@@ -53,7 +53,8 @@ def advantages(
         each = rewards.reshape(-1, group, len(names))
         deviations = _deviation(each, axis=1)
         compared = ((each - _mean(each, axis=1)) / (deviations + TRL_EPS)).reshape(rewards.shape)
-        summed_N = np.where(np.isnan(weighted_N), np.nan, _weighted(compared, weights))
+        # What cannot be compared, a group's only opinion, counts as 0 here; an answer without any is left out.
+        summed_N = np.where(np.isnan(weighted_N), np.nan, np.nansum(compared * np.asarray(weights), axis=1))
         used = np.broadcast_to(_deviation(summed_N, axis=0), summed_N.shape)
         found = (summed_N - _mean(summed_N, axis=0)) / (used + TRL_EPS)
         informative = (deviations > NO_DIFFERENCE).any(axis=(1, 2))

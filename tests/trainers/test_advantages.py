@@ -72,6 +72,14 @@ def test_functions_compared_each_for_itself_count_alike_whatever_their_range():
     assert found.informative.tolist() == [True, True]
 
 
+def test_a_groups_only_opinion_compares_with_nothing_and_counts_as_zero_among_all_answers():
+    # One reward has no deviation: with c = 0.5 / (sqrt(0.5) + 1e-4) the sums are c, -c, 0 and none.
+    c = 0.5 / (math.sqrt(0.5) + 1e-4)
+    found = of_trl([1, 0, 5, NAN], group=2, aggregation="normalize_then_sum")
+    np.testing.assert_allclose(found.advantages, np.array([c, -c, 0, 0]) / (c + 1e-4), rtol=1e-12)
+    assert found.informative.tolist() == [True, False]
+
+
 def test_an_answer_without_an_opinion_is_no_part_of_its_group_and_teaches_nothing(caplog):
     with caplog.at_level(logging.WARNING):
         found = of_trl([1, NAN, 0, NAN, NAN, 7], group=3)
