@@ -31,9 +31,9 @@ def logits_of(hidden, head, bias, softcap):
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def plain(hidden, head, bias, targets, *, softcap=None):
+def plain(hidden, head, bias, targets, *, softcap=None, temperature=1.0):
     """The formula as written, with all logits at once."""
-    log_p = jax.nn.log_softmax(logits_of(hidden, head, bias, softcap))
+    log_p = jax.nn.log_softmax(logits_of(hidden, head, bias, softcap) / temperature)
     return jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
 
@@ -55,9 +55,10 @@ def test_a_logit_of_one_and_one_of_zero_by_hand():
     softcap=st.sampled_from([None, 3.0]),
     biased=st.booleans(),
     wanted=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([1.0, 0.7]),
 )
 @settings(max_examples=12, deadline=None)
-def test_chunks_give_log_softmax_and_its_gradients(seed, B, L, chunk, softcap, biased, wanted):
+def test_chunks_give_log_softmax_and_its_gradients(seed, B, L, chunk, softcap, biased, wanted, temperature):
     hidden, head, bias, targets, weights, matter = made(seed, B, L, wanted=wanted or 0.0)
     bias = bias if biased else None
     kept = np.ones_like(weights) if wanted is None else weights
@@ -69,13 +70,14 @@ def test_chunks_give_log_softmax_and_its_gradients(seed, B, L, chunk, softcap, b
             targets,
             bias_V=bias,
             softcap=softcap,
+            temperature=temperature,
             chunk=chunk,
             weights_BL=None if wanted is None else weights,
         )
         return (found * matter).sum(), found
 
     def theirs(hidden, head, bias):
-        found = plain(hidden, head, bias, targets, softcap=softcap) * kept
+        found = plain(hidden, head, bias, targets, softcap=softcap, temperature=temperature) * kept
         return (found * matter).sum(), found
 
     both = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)) for f in (ours, theirs))
@@ -105,6 +107,28 @@ def test_what_is_logged_beside_them_is_that_of_all_logits_and_has_no_gradient():
         np.testing.assert_allclose(found[name], value * weights, rtol=1e-5, atol=1e-5, err_msg=name)
     gradient = jax.grad(lambda hidden: sum(scores(hidden)[name].sum() for name in ALSO))(hidden)
     assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_entropy_has_its_gradient_where_it_is_asked_for_at_a_temperature(both):
+    hidden, head, bias, targets, weights, matter = made(2, 3, 7)
+    how = {"also": ("entropy",), "entropy_gradient": True, "temperature": 0.7, "weights_BL": weights, "chunk": 6}
+
+    def ours(hidden, head, bias):
+        found = token_scores(hidden, head, targets, bias_V=bias, softcap=5.0, **how)
+        return (found["entropy"] * matter[::-1]).sum() + (found["logprob"] * matter).sum() * both
+
+    def theirs(hidden, head, bias):
+        log_p = jax.nn.log_softmax(logits_of(hidden, head, bias, 5.0) / 0.7)
+        entropy = -(jnp.exp(log_p) * log_p).sum(-1)
+        logprob = plain(hidden, head, bias, targets, softcap=5.0, temperature=0.7)
+        return (entropy * matter[::-1] * weights).sum() + (logprob * matter * weights).sum() * both
+
+    value, grads = jax.value_and_grad(ours, argnums=(0, 1, 2))(hidden, head, bias)
+    expected, wanted = jax.value_and_grad(theirs, argnums=(0, 1, 2))(hidden, head, bias)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, want in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
 
 
 def test_another_name_is_refused():
