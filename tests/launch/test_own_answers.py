@@ -138,6 +138,7 @@ def test_the_documented_configuration_of_verl_trains_as_it_stands(files, tiny_ch
     einkorn(
         *("train", "-c", str(files / "verl.yaml"), f"--model.model_name={tiny_chat_model}", "--training.max_steps=1"),
         *(f"--training.output_dir={output}", "--training.logging_steps=1", "--training.grpo.max_completion_length=16"),
+        "--training.grpo.max_prompt_length=768",  # the tiny model's tokens are hardly more than letters
         "--training.eval_strategy=steps",
         "--training.eval_steps=1",
     )
