@@ -90,15 +90,25 @@ def plain() -> tuple[np.ndarray, Any]:
 CUTS = [(mesh, accumulation) for mesh in MESHES for accumulation in (1, 2)][1:]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "accumulation"),
-    [pytest.param(*cut, marks=[] if cut == ("fsdp 4 × tensor 2", 2) else [pytest.mark.slow]) for cut in CUTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "accumulation"), CUTS)
 def test_steps_are_the_same_on_every_mesh_and_accumulation(mesh, accumulation):
     found, params = trajectory(DAPO, mesh, accumulation=accumulation)
     np.testing.assert_allclose(found, plain()[0], rtol=2e-5, atol=1e-6)
     # A hundredth of one update: AdamW's first ones divide small gradients by themselves.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), params, plain()[1])
+
+
+def test_what_is_logged_is_the_same_on_many_devices_in_two_microbatches():
+    found = []
+    for mesh, accumulation in (("one device", 1), ("fsdp 4 × tensor 2", 2)):
+        step = built(DAPO, mesh)
+        state, frozen = begun(step, reference=1)
+        sums = step.evaluate(state.params, frozen, device_batch(batch(0, accumulation=accumulation), made(mesh)))
+        of_calls = ("clip_ratio/low_min", "clip_ratio/high_max", "sampling/sampling_logp_difference/max")
+        found.append({name: float(each.mean()) for name, each in sums.items() if name not in of_calls})
+    assert found[0].keys() >= {"loss", "kl", "entropy", "clip_ratio/low_mean", "sampling/sampling_logp_difference/mean"}
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-7)
 
 
 def first(host: Host) -> dict[str, jax.Array]:
