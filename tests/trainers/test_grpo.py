@@ -163,6 +163,7 @@ def test_a_reference_and_a_policy_of_before_may_be_known_or_computed(how):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
+@pytest.mark.slow
 def test_answers_of_an_advantage_above_zero_become_likelier_and_the_others_less_so():
     step, mesh = built(DAPO, "one device"), made("one device")
     state, frozen = begun(step, reference=0)
