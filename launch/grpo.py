@@ -130,6 +130,7 @@ def sampler(
         state: TrainState, frozen: Any, prompts: Sequence[Sequence[int]], generation: int, group: int
     ) -> list[Generated]:
         asked = [prompt for prompt in prompts for _ in range(group)]
+        first = EVALUATION if generation < 0 else generation * len(asked)
         with jax.set_mesh(mesh):
             return complete(
                 merged(state.params, frozen.model),
@@ -139,7 +140,7 @@ def sampler(
                 stop_ids=stop_ids,
                 sampling=learning if generation >= 0 else judged,
                 seed=config.training.seed,
-                numbers=[max(generation, 0) * len(asked) + i for i in range(len(asked))],
+                numbers=range(first, first + len(asked)),
                 stop_strings=strings,
                 decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
                 compute=compute,
@@ -150,6 +151,7 @@ def sampler(
 
 
 MOST_SLOTS = 256  # answered at once; more wait
+EVALUATION = 2**30  # what draws of evaluations begin to be numbered with
 
 
 def _sampling(drawing: verl.Drawing) -> Sampling:

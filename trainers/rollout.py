@@ -209,7 +209,7 @@ class Rollouts:
                 log.warning(
                     "after %d tries %d of %d prompts have answers that differ in reward", attempt, len(kept), len(rows)
                 )
-        means = {name: float(np.nanmean([each[name] for each in logged])) for name in logged[0]}
+        means = {name: _mean([each[name] for each in logged]) for name in logged[0]}
         return (kept + spare)[: len(rows)], means
 
     def _judged(
@@ -285,6 +285,12 @@ def completion_metrics(groups: Sequence[Answered]) -> dict[str, float]:
         if each
     }
     return found | {"completions/clipped_ratio": 1 - len(lengths["terminated_"]) / len(answers)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are numbers; NaN where none is."""
+    numbers = [value for value in values if not np.isnan(value)]
+    return float(np.mean(numbers)) if numbers else float("nan")
 
 
 class _Clock:
