@@ -1,10 +1,11 @@
 """The quickstarts' second half: ask the model, train it, ask it again, and show what changed.
 
-    python -m launch.quickstart [sft | dpo] [--key value …]      (launch/quickstart.sh installs and then calls this)
+    python -m launch.quickstart [sft | dpo | grpo] [--key value …]     (launch/quickstart.sh installs, then calls this)
 
 `sft` turns messages into JSON: what counts is that the answer, read as JSON, equals the expected object in all five
-fields. `dpo` learns to be brief: what counts is one paragraph of whole sentences with at most 40 words. Further
-arguments go to `einkorn train` as they are. One process does it all: an accelerator serves one at a time.
+fields. `dpo` learns to be brief from pairs of answers, `grpo` from rewards of its own: what counts is one paragraph of
+whole sentences with at most 40 words. Further arguments go to `einkorn train` as they are. One process does it all: an
+accelerator serves one at a time.
 """
 
 import json
@@ -129,15 +130,24 @@ class Task(NamedTuple):
 
 
 DATA = Path("configs/quickstart")
+LONGEST_BRIEF = 64  # tokens: forty words are some fifty, and what is longer need not be read to its end
 TASKS = {
     # the longest expected answer has 55 tokens
     "sft": Task(f"{DATA}/sft.yaml", DATA / "heldout.jsonl", 56, is_exact, "expected", "exact match"),
     "dpo": Task(
         f"{DATA}/dpo.yaml",
         DATA / "preferences_heldout.jsonl",
-        64,  # forty words are some fifty tokens: what is longer need not be read to its end
+        LONGEST_BRIEF,
         lambda given, _: is_brief(given),
         "preferred",
+        "brief answers",
+    ),
+    "grpo": Task(
+        f"{DATA}/grpo.yaml",
+        DATA / "preferences_heldout.jsonl",
+        LONGEST_BRIEF,
+        lambda given, _: is_brief(given),
+        "such as",
         "brief answers",
     ),
 }

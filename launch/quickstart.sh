@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # From a clone to a fine-tuned model: makes .venv, installs einkorn, fetches SmolLM2-135M-Instruct, teaches it to turn
-# messages into JSON (sft), or by preferences to be brief (dpo), and shows its answers before and after.
+# messages into JSON (sft), or to be brief, by preferences (dpo) or by rewards (grpo), and shows its answers before and
+# after.
 #
-#   bash launch/quickstart.sh [cpu|cuda|tpu] [sft|dpo] [--key value …]
+#   bash launch/quickstart.sh [cpu|cuda|tpu] [sft|dpo|grpo] [--key value …]
 #
 # Without words it is cpu and sft; further arguments go to `einkorn train`. Needs Python 3.11 or newer (or one named by
-# PYTHON) and no accelerator. What it takes and what to expect stands in configs/quickstart/sft.yaml and dpo.yaml.
+# PYTHON) and no accelerator. What it takes and what to expect stands at the head of
+# configs/quickstart/sft.yaml, dpo.yaml and grpo.yaml.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,9 +17,9 @@ while [[ $# -gt 0 && $1 != -* ]]; do
     case $1 in
         cpu) extras=gguf ;;
         cuda | tpu) extras=gguf,$1 ;;
-        sft | dpo) task=$1 ;;
+        sft | dpo | grpo) task=$1 ;;
         *)
-            echo "quickstart.sh: '$1' is neither a device nor a task; allowed: cpu, cuda, tpu, sft, dpo" >&2
+            echo "quickstart.sh: '$1' is neither a device nor a task; allowed: cpu, cuda, tpu, sft, dpo, grpo" >&2
             exit 2
             ;;
     esac

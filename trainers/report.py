@@ -176,6 +176,7 @@ def _tiles(events: Sequence[dict[str, Any]], scores: Mapping[str, tuple[float, f
     """The run in a few numbers; scores before → after, losses first → last."""
     tiles = [(f"{before:.0%} → {after:.0%}", name) for name, (before, after) in scores.items()]
     first_to_last = {
+        "reward": ("reward", ".2f"),
         "loss": ("training loss", ".3f"),
         "eval_loss": ("evaluation loss", ".3f"),
         "eval_perplexity": ("perplexity", ",.1f"),
@@ -203,7 +204,12 @@ def _tiles(events: Sequence[dict[str, Any]], scores: Mapping[str, tuple[float, f
 def _charts(events: Sequence[dict[str, Any]], loss: "Figure | None") -> str:
     if loss is None:
         return _section("Curves", '<p class="dim">No loss was logged.</p>')
-    titles = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
+    titles = {
+        "reward": "Reward",
+        "learning_rate": "Learning rate",
+        "grad_norm": "Gradient norm",
+        "tokens_per_second": "Tokens a second",
+    }
     small = [(title, chart(events, name, title=title)) for name, title in titles.items()]
     images = "".join(_image(figure, title) for title, figure in small if figure is not None)
     return _section("Curves", f'{_image(loss, "Loss over steps")}<div class="charts">{images}</div>')
