@@ -7,7 +7,8 @@
 Rows are real: the last turn of a conversation between two people (the package chitchat-dataset, MIT licence, fetched
 once) is the chosen answer, that of another conversation the rejected one, and the turns before are the prompt. Both
 programs run whole, from a configuration to a log, in float32, each in a process of its own, in turns (einkorn, TRL,
-einkorn, TRL). The first steps are left out of the times: they compile. In every setting both see the same pairs, a
+einkorn, TRL). The first steps are left out of the times, since they compile; of
+the others the median counts, since a step of a new length compiles too. In every setting both see the same pairs, a
 step's longest one cut to `--tokens`.
 """
 
@@ -82,7 +83,7 @@ def compare_times(options: argparse.Namespace, scratch: Path, *, known: bool) ->
         for name in seconds:
             folder = scratch / f"{name}-{known}-{turn}"
             found = run_einkorn(work, folder, options.prompts) if name == "einkorn" else run_trl(work, folder)
-            seconds[name].append(statistics.mean(found.seconds))
+            seconds[name].append(statistics.median(found.seconds))
             each = " ".join(f"{s:.2f}" for s in found.seconds)
             print(
                 f"  {name:8} {seconds[name][-1]:7.3f} s/step {found.gigabytes:6.2f} GB peak   steps: {each}", flush=True

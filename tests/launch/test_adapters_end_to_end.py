@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,10 @@ from trainers.checkpoint import read_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def einkorn(*words: str) -> subprocess.CompletedProcess[str]:
@@ -143,7 +148,7 @@ def test_an_adapter_goes_on_training_from_its_folder(files, trained):
 
 
 @pytest.mark.parametrize(
-    ("words", "far"), [(("--peft.bnb_4bit_quant_type=nf4",), 0.3), (("--peft.q_lora_bits=8",), 0.03)]
+    ("words", "far"), [(("--peft.bnb_4bit_quant_type=nf4",), 0.3), slow(("--peft.q_lora_bits=8",), 0.03)]
 )
 def test_beside_a_quantised_model_an_adapter_learns_as_well(files, trained, words, far):
     output = files / words[0].partition("=")[2]
@@ -154,6 +159,7 @@ def test_beside_a_quantised_model_an_adapter_learns_as_well(files, trained, word
     assert set(tensors(output / "adapter_model.safetensors")) == set(tensors(trained / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_module_trained_whole_beside_a_quantised_model_is_trained_and_saved(files, tiny_chat_model):
     output, words = files / "whole", ("--peft.q_lora=true", "--peft.lora_modules_to_save=[down_proj]")
     train(files, output, *words, "--training.max_steps=2")
@@ -180,9 +186,9 @@ def test_frozen_layers_come_out_as_they_went_in(files, tiny_chat_model):
     ("words", "message"),
     [
         (("--peft.lora_target_modules", "[q_prj]"), "'q_prj' is no module of this model; nearest: q_proj"),
-        (("--model.freeze_layers", "[model.embed]"), "'model.embed' is no part of this model; nearest: model.embed_"),
+        slow(("--model.freeze_layers", "[model.embed]"), "'model.embed' is no part of this model; nearest: model.emb"),
         (("--model.adapter_model", "nowhere"), "nowhere is no folder with adapter_config.json"),
-        (("--peft.lora_modules_to_save", "[embed_tokens]"), "an embedding that is the output head too"),
+        slow(("--peft.lora_modules_to_save", "[embed_tokens]"), "an embedding that is the output head too"),
         (("--model.load_pretrained_weights", "false"), "set model.load_pretrained_weights: true"),
         (("--peft.lora_init_weights", "PISA"), "not implemented yet: peft.lora_init_weights: PISA"),
     ],

@@ -96,6 +96,7 @@ def state_of(checkpoint: Path) -> dict[str, bytes]:
     return arrays
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_the_users_trains_and_goes_on_bit_for_bit(files, tmp_path):
     (tmp_path / "own.py").write_text(
         "import optax\n\n\ndef lamb(learning_rate, decayed):\n"

@@ -87,21 +87,24 @@ def test_positions_that_turn_at_another_speed_are_seen_far_more_than_rounding_is
         GPT2Config(
             vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=48, initializer_range=0.2, pad_token_id=3
         ),
-        MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            output_router_logits=True,  # the loss then has a part that balances the experts
-            router_aux_loss_coef=0.1,
-            initializer_range=0.2,
-            max_position_embeddings=48,
+        pytest.param(
+            MixtralConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                output_router_logits=True,  # the loss then has a part that balances the experts
+                router_aux_loss_coef=0.1,
+                initializer_range=0.2,
+                max_position_embeddings=48,
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=lambda config: config.model_type,
+    ids=["gpt2", "mixtral"],
 )
 def test_other_families_and_folders_without_a_tokenizer_are_compared_too(config: Any, tmp_path: Path) -> None:
     set_seed(0)
