@@ -1,12 +1,14 @@
-"""A process in which reward functions run: `python -m trainers.reward_worker`, started by `reward_workers.py`.
+"""A process in which reward functions run: `python -m trainers.reward_worker LIFELINE`, started by `reward_workers.py`.
 
 It reads a line of JSON from its input, {"functions": [[name, settings], …]} first, then {"function": number, "given":
 {…}, "places": […]} for each call, and writes a line for each answer, [place, score, failure], and null at a call's end;
 first of all one for each function, whose score says whether it has verl's form. What functions print goes to the log.
-The process ends with its input, whatever a function does then: it does not outlive the one who started it.
+The process ends with its input, whatever a function does then, so that it does not outlive the one who started it: a
+thread sees it, and where a function holds the interpreter so that no thread runs, the lifeline's end is a signal.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -16,7 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from trainers.reward_call import Scored, one_by_one, scores
+from trainers.reward_call import Scored, one_by_one, scores, told
 from trainers.rewards import reward_function
 
 MOST_MEMORY = 4 * 2**30  # bytes
@@ -24,7 +26,9 @@ MOST_MEMORY = 4 * 2**30  # bytes
 
 def main() -> None:
     """Answer calls until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started it decides
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, signal.SIG_IGN)  # the one who started it decides, and finishes its step first
+    _end_with(int(sys.argv[1]))
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         _limit_memory()
@@ -45,6 +49,12 @@ def _listen(lines: "queue.Queue[str]") -> None:
     os._exit(0)
 
 
+def _end_with(lifeline: int) -> None:
+    """Nothing is ever written to this pipe: its only news is its end, and Linux ends the process by the signal of it."""
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+
+
 def _opened(line: str, out: IO[str]) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
     """The functions; where one cannot be had, why not is written and the process ends."""
     functions = []
@@ -53,7 +63,8 @@ def _opened(line: str, out: IO[str]) -> list[tuple[Callable[..., Any], dict[str,
             functions.append((reward_function(name), settings))
             _write(out, Scored(len(functions) - 1, float(one_by_one(functions[-1][0]))))
         except Exception as error:  # a user's module may raise anything
-            _write(out, Scored(0, None, f"{type(error).__name__}: {error}" if ":" in name else str(error)))
+            own = str(error).startswith("training.reward_functions")
+            _write(out, Scored(0, None, str(error) if own else f"training.reward_functions {name!r}: {told(error)}"))
             raise SystemExit(1) from error
     _write(out, None)
     return functions

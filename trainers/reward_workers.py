@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ log = logging.getLogger(__name__)
 MOST_FAILURES = 0.2  # of the answers that a function is asked about
 _ROOT = Path(__file__).resolve().parents[1]
 _TO_START = 60.0  # seconds that a process has to load the functions
-_END = object()
+_WHOLE, _ENDED = object(), object()  # all of a call was said; the process is gone
 
 
 class RewardFunctions:
     """Functions by name (`rewards.REWARDS`, `file.py:function`, `module:function`), in `workers` processes; `kwargs`
     are their settings by name. Use it as a context: the processes begin and end with it, with a ValueError for a
-    function that cannot be loaded. A call has `timeout` seconds.
+    function that cannot be loaded. A function has `timeout` seconds for the answers of one call, from when a process is
+    free for it: one that hangs takes no time of the others.
     """
 
     def __init__(self, specs: Sequence[str], *, kwargs: Mapping[str, Mapping[str, Any]], timeout: float, workers: int):
@@ -79,11 +80,10 @@ class RewardFunctions:
         """
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         count = len(completions)
-        until = time.monotonic() + self._timeout
         found = np.full((count, len(self._specs)), np.nan)
         with ThreadPoolExecutor(max_workers=self._count) as pool:
             calls = [(f, places) for f in range(len(self._specs)) for places in self._parts(f, count)]
-            asked = [(f, pool.submit(self._ask, f, given, places, until)) for f, places in calls]
+            asked = [(f, pool.submit(self._ask, f, given, places)) for f, places in calls]
         failed: dict[int, list[str]] = {}
         for f, call in asked:
             for each in call.result():
@@ -100,16 +100,16 @@ class RewardFunctions:
         parts = min(self._count, count) if self._one_by_one[f] else 1
         return [list(range(part, count, parts)) for part in range(parts)]
 
-    def _ask(self, f: int, given: Mapping[str, Any], places: list[int], until: float) -> list[Scored]:
+    def _ask(self, f: int, given: Mapping[str, Any], places: list[int]) -> list[Scored]:
         worker = self._workers.get()
         try:
-            found = worker.ask({"function": f, "given": given, "places": places}, until)
-            answered = {each.place for each in found}
-            if left := [place for place in places if place not in answered]:
-                why = f"no score within {self._timeout:g} s (training.reward_timeout)"
-                why = worker.death() or why
+            found, whole = worker.ask({"function": f, "given": given, "places": places}, self._timeout)
+            if not whole:
+                why = worker.death() or f"no score within {self._timeout:g} s (training.reward_timeout)"
                 worker.kill()
                 worker = _Worker(self._functions)
+                answered = {each.place for each in found}
+                left = [place for place in places if place not in answered]
                 found += [Scored(place, None, f"answer {place}: {why}") for place in left]
             return found
         finally:
@@ -128,30 +128,34 @@ class _Worker:
 
     def __init__(self, functions: list[list[Any]]):
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        lifeline, held = os.pipe()
+        self._lifeline = os.fdopen(held, "w")  # it ends with this process, however that ends
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainers.reward_worker"],
+            [sys.executable, "-m", "trainers.reward_worker", str(lifeline)],
+            pass_fds=[lifeline],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},  # the devices are the trainer's
             text=True,
             encoding="utf-8",
         )
+        os.close(lifeline)
         self._said: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._write({"functions": functions})
-        opened = list(self._until_end(time.monotonic() + _TO_START))
+        opened, whole = self._heard(_TO_START)
         wrong = next((each.failure for each in opened if each.failure is not None), None)
-        if wrong is None and len(opened) < len(functions):
+        if wrong is None and not whole:
             wrong = f"training.reward_functions: not loaded within {_TO_START:g} s; {self.death() or ''}"
         if wrong is not None:
             self.kill()
             raise ValueError(wrong)
         self.one_by_one = [bool(each.score) for each in opened]
 
-    def ask(self, call: Mapping[str, Any], until: float) -> list[Scored]:
-        """The scores that came until then."""
+    def ask(self, call: Mapping[str, Any], seconds: float) -> tuple[list[Scored], bool]:
+        """The scores that came in time, and whether that is all; if not, the process is of no more use."""
         self._write(call)
-        return list(self._until_end(until))
+        return self._heard(seconds)
 
     def death(self) -> str | None:
         """How the process ended, if it did by itself."""
@@ -164,7 +168,7 @@ class _Worker:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._process.stdin, self._process.stdout, self._lifeline):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
@@ -180,18 +184,18 @@ class _Worker:
         with contextlib.suppress(ValueError):  # it was closed
             for line in self._process.stdout:
                 found = json.loads(line)
-                self._said.put(_END if found is None else Scored(*found))
-        self._said.put(_END)
+                self._said.put(_WHOLE if found is None else Scored(*found))
+        self._said.put(_ENDED)
 
-    def _until_end(self, until: float) -> Iterator[Scored]:
-        while True:
-            try:
-                found = self._said.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                return
-            if found is _END:
-                return
-            yield found
+    def _heard(self, seconds: float) -> tuple[list[Scored], bool]:
+        until = time.monotonic() + seconds
+        found: list[Scored] = []
+        with contextlib.suppress(queue.Empty):
+            while (said := self._said.get(timeout=max(0.0, until - time.monotonic()))) is not _ENDED:
+                if said is _WHOLE:
+                    return found, True
+                found.append(said)
+        return found, False
 
 
 def _plain(value: Any) -> Any:

@@ -130,6 +130,7 @@ def test_a_merged_export_is_the_model_of_transformers_with_the_adapter_merged(fi
     assert tensors(files / "adapter again/adapter_model.safetensors") == tensors(trained / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_an_adapter_answers_as_the_model_it_was_merged_into(files, trained):
     words = ("grain water", "--max-new-tokens", "8")
     mode = ("--peft.peft_save_mode", "MERGED", "--training.max_steps", "2", "--training.save_steps", "0")

@@ -34,6 +34,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tiny_chat_model: Path) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_a_sound_model_holds_and_the_table_has_the_noise_of_bfloat16_beside_it(llama: Path, tmp_path: Path) -> None:
     done = parity(llama, "--json", tmp_path / "numbers.json")
     assert done.exit_code == 0, done.output

@@ -135,7 +135,13 @@ def forward(params: Any, tokens_BL: jax.Array, there_BL: jax.Array, compute: Com
 
 
 @pytest.mark.parametrize(
-    "sampling", [GREEDY, Sampling(0.7, 0, 1.0), Sampling(1.2, 30, 0.9, 0.02, repetition_penalty=1.3)], ids=str
+    "sampling",
+    [
+        pytest.param(GREEDY, marks=pytest.mark.slow),
+        Sampling(0.7, 0, 1.0),
+        Sampling(1.2, 30, 0.9, 0.02, repetition_penalty=1.3),
+    ],
+    ids=str,
 )
 def test_log_probabilities_are_those_of_a_forward_pass(sampling: Sampling) -> None:
     for prompt, one in zip(PROMPTS[2:6], answer(PROMPTS[2:6], sampling=sampling, slots=2), strict=True):

@@ -70,7 +70,7 @@ GRID: dict[str, Case] = {
     for (loss, more), adapter, accumulation in itertools.product(LOSSES.items(), (None, "new"), (1, 2))
 }
 CASES = GRID | OPTIONS
-QUICK = ("sigmoid, whole, 2", "ipo, new, 1", "a weighted mixture")
+QUICK = ("sigmoid, whole, 2", "ipo, new, 1")
 
 # The losses without a reference are those of other trainers of TRL's, under these names there. They add an
 # end-of-sequence token even after a template that has one, so rows are text, which gets one from either.

@@ -51,9 +51,7 @@ QUICK = (
     ("dapo", "token", "tight bounds"),
     ("grpo", "sequence", "cut answers left out"),
     ("vespo", "token", "sampler, token_mask"),
-    ("cispo", "token", "entropy of a third of the tokens"),
     ("sapo", "token", "reference, not weighed"),
-    ("luspo", "sequence", "sampler, sequence_truncate"),
 )
 GRID = [(loss, level, option) for loss in LOSSES for level in ("token", "sequence") for option in OPTIONS]
 

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?[0-9.,]+")
-_LAST = 300  # characters of an answer that are looked at
 
 
 def gsm8k(
@@ -18,15 +17,14 @@ def gsm8k(
     score: float = 1.0,
 ) -> float:
     """`score` where the answer's number is `ground_truth`, letter by letter without commas; `format_score` where it is
-    another one, 0 without one (verl's). "strict": the number after the last `####`; "flexible": the last number.
+    another one, 0 without one (Oumi's). "strict": the number after the last `####`; "flexible": the last number.
     """
     if method not in ("strict", "flexible"):
         raise ValueError(f"gsm8k: method is {method!r}; allowed: strict, flexible")
-    text = solution_str[-_LAST:]
     if method == "strict":
-        found = _STRICT.findall(text)
+        found = _STRICT.findall(solution_str)
     else:
-        found = [number for number in _NUMBER.findall(text) if any(map(str.isdigit, number))]
+        found = [number for number in _NUMBER.findall(solution_str) if any(map(str.isdigit, number))]
     if not found:
         return 0.0
     return score if found[-1].replace(",", "") == str(ground_truth) else format_score

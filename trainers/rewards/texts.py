@@ -25,7 +25,11 @@ def regex(completions: Sequence[Any], pattern: str, full: bool = False, **_: Any
 def _is_json(text: str) -> bool:
     fenced = _FENCED.match(text)
     try:
-        json.loads(fenced[1] if fenced else text)
+        json.loads(fenced[1] if fenced else text, parse_constant=_refused)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is Python's, not JSON")
