@@ -5,6 +5,7 @@ The environment is set before anything imports jax, since a backend's device cou
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -24,6 +25,13 @@ from tests.tiny import completions, conversations, tiny_chat_model  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten() -> Iterator[None]:
+    """After each file: with the programs of a thousand tests a process runs out of memory maps, and XLA crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def _listen(lines: "queue.Queue[str]") -> None:
 
 
 def _end_with(lifeline: int) -> None:
-    """Nothing is ever written to this pipe: its only news is its end, and Linux ends the process by the signal of it."""
+    """Nothing is ever written to this pipe: its only news is its end, whose signal ends the process on Linux."""
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
 
