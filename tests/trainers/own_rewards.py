@@ -1,6 +1,8 @@
 """Reward functions of a user, as tests name them: tests/trainers/own_rewards.py:function."""
 
+import json
 import os
+import signal
 import time
 
 
@@ -20,12 +22,30 @@ async def asynchronous(completions, **_):
     return [1.0 for _ in completions]
 
 
+async def asynchronous_of_one(data_source, solution_str, ground_truth, extra_info=None):
+    return 0.5
+
+
 def no_opinion(completions, **_):
     return [None if text == "?" else 1.0 for text in completions]
 
 
 def raises(completions, **_):
     raise KeyError("no such answer")
+
+
+def fails_in_a_library(completions, **_):
+    return json.loads("{")
+
+
+def holds_the_interpreter(completions, **_):
+    return [9**9**9]  # in C: no other thread runs meanwhile
+
+
+def asks_to_be_ended(completions, **_):
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), asked)
+    return [1.0 for _ in completions]
 
 
 def hangs(completions, **_):

@@ -38,11 +38,15 @@ def score(functions, *texts, **columns):
 
 
 def test_both_forms_are_called_with_what_they_ask_for(opened):
-    functions = opened("words", "wanted_column", "of_one", "asynchronous", "prints", of_one={"bonus": 0.5})
+    functions = opened("words", "wanted_column", "of_one", "asynchronous", "asynchronous_of_one", of_one={"bonus": 0.5})
     columns = {"wanted": ["a", "x", "b"], "reward_model": [{"ground_truth": "a"}] * 3, "data_source": ["s"] * 3}
     found = score(functions, "a", "a b", "b", **columns)
-    assert functions.names == ("words", "wanted_column", "of_one", "asynchronous", "prints")
-    assert found.tolist() == [[1, 1, 1.5, 1, 0.25], [2, 0, 0.5, 1, 0.25], [1, 1, 0.5, 1, 0.25]]
+    assert functions.names == ("words", "wanted_column", "of_one", "asynchronous", "asynchronous_of_one")
+    assert found.tolist() == [[1, 1, 1.5, 1, 0.5], [2, 0, 0.5, 1, 0.5], [1, 1, 0.5, 1, 0.5]]
+
+
+def test_what_a_function_prints_and_signals_to_the_run_disturb_nothing(opened):
+    assert score(opened("prints", "asks_to_be_ended"), "a", "b").tolist() == [[0.25, 1], [0.25, 1]]
 
 
 def test_no_opinion_is_not_a_number_and_no_failure(opened):
@@ -55,11 +59,12 @@ def test_no_opinion_is_not_a_number_and_no_failure(opened):
     ("name", "message"),
     [
         ("raises", r"raises failed for 2 of 2 answers: KeyError: 'no such answer' \(.*own_rewards.py:\d+\)"),
-        ("too_few", "returned 1 scores; allowed: a list of 2"),
-        ("a_word", "returned str for answer 0; allowed: a number or None"),
+        ("fails_in_a_library", r"JSONDecodeError: .* \(.*own_rewards.py:\d+\)"),
+        ("too_few", r"returned 1 scores; allowed: a list of 2, .*own_rewards.py:\d+\)"),
+        ("a_word", r"returned str for answer 0; allowed: a number or None \(.*own_rewards.py:\d+\)"),
         ("ends", "its process ended with code 9"),
         ("wanted_column", "needs wanted, which the rows do not have; they have prompts, completions, completion_ids"),
-        ("of_one", "needs reward_model"),
+        ("of_one", "answer 0: ValueError: needs reward_model"),
     ],
 )
 def test_a_function_that_fails_for_most_answers_ends_the_run_with_its_name_and_place(opened, name, message):
@@ -86,6 +91,12 @@ def test_a_function_that_hangs_is_killed_at_the_deadline_and_the_next_call_works
     assert score(functions, "a", "b", **truth).tolist() == [[1.0], [1.0]]
 
 
+def test_a_function_that_hangs_takes_no_time_of_the_next(opened):
+    functions = opened("hangs_at_one", "words", timeout=1.0)
+    found = score(functions, "a", "b", "c", "d", "e", "hang", reward_model=[{"ground_truth": "a"}] * 6)
+    np.testing.assert_array_equal(found, [[1, 1]] * 5 + [[np.nan, 1]])
+
+
 def test_all_answers_of_a_function_that_hangs_are_lost_and_the_key_is_named(opened):
     with pytest.raises(ValueError, match=r"no score within 1 s \(training.reward_timeout\)"):
         score(opened("hangs", timeout=1.0), "a", "b")
@@ -107,6 +118,22 @@ def test_a_function_that_cannot_be_had_is_told_before_anything_runs(spec, messag
         pass
 
 
+def test_a_file_that_cannot_be_read_is_told_with_its_function_and_line(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("limit = nothing\n")
+    with (
+        pytest.raises(ValueError, match=r"training.reward_functions '.*own.py:f': NameError: .* \(.*own.py:1\)"),
+        RewardFunctions([f"{own}:f"], kwargs={}, timeout=5, workers=1),
+    ):
+        pass
+
+
+def test_a_process_brings_in_nothing_heavy():
+    code = "import sys, trainers.reward_worker; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"jax", "numpy", "torch", "transformers"} & set(loaded.stdout.split())
+
+
 def test_hostile_texts_reach_a_function_and_come_back_as_scores(opened):
     functions = opened("words")
     texts = ["\ud800", "a\x00b", '"]\n[0, 1, null]\nnull\n', "x" * 1_000_000, ""]
@@ -114,11 +141,12 @@ def test_hostile_texts_reach_a_function_and_come_back_as_scores(opened):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-def test_no_process_outlives_one_who_is_killed():
+@pytest.mark.parametrize("name", ["hangs", "holds_the_interpreter"])
+def test_no_process_outlives_one_who_is_killed(name):
     code = (
         "import sys, time, threading\n"
         "from trainers.reward_workers import RewardFunctions\n"
-        f"r = RewardFunctions(['{OWN}:hangs'], kwargs={{}}, timeout=60, workers=2).__enter__()\n"
+        f"r = RewardFunctions(['{OWN}:{name}'], kwargs={{}}, timeout=60, workers=2).__enter__()\n"
         "threading.Thread(target=r.score, args=([''], ['a'], [[1]], {}), daemon=True).start()\n"
         "time.sleep(0.5)\n"
         "print(*[w._process.pid for w in list(r._workers.queue)], flush=True)\n"

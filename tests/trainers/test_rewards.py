@@ -1,6 +1,6 @@
 """Reward functions give Oumi's scores, and nothing of an answer is executed."""
 
-import importlib
+import importlib.util
 import pkgutil
 import random
 import time
@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trainers.rewards
+from input_pipeline import known
 from input_pipeline.countdown import puzzle
+from input_pipeline.letter_count import letter_count
 from trainers.rewards import REWARDS, reward_function, text_of
 from trainers.rewards.countdown import value_of
 
@@ -23,6 +25,8 @@ def scores(name, *texts, **columns):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_name_is_a_function_of_a_file_here(name):
+    if name == "math_verify":
+        pytest.importorskip("math_verify")
     assert callable(reward_function(name))
     assert callable(reward_function(name.upper()))
 
@@ -96,6 +100,8 @@ def solved(text, numbers, target, **kwargs):
         ("(3-2)*1", 0),
         ("<answer>(3-2)*1</answer>\n", 0),  # not in the last line
         ("<answer>3/(2-2*1)</answer>", 0),
+        ("<answer>no<answer>3-2*1</answer>", 0),  # from the first tag on
+        ("<answer>3-2*1</answer><answer>", 1),
     ],
 )
 def test_a_puzzle_is_solved_by_an_expression_of_all_its_numbers(text, score):
@@ -125,6 +131,8 @@ def test_values_are_exact():
         ("so #### 72", 1, 1),
         ("#### 72.", 0, 0),
         ("#### 7 #### 72", 1, 1),
+        ("#### 72" + "." + " words" * 100, 0, 0),
+        ("#### 72" + " words" * 100, 1, 1),
         ("####72", 0, 1),
         ("#### $72", 0, 1),
         ("it is 72", 0, 1),
@@ -142,7 +150,7 @@ def test_commas_of_a_number_do_not_matter():
 
 
 def test_forms_of_a_text():
-    assert scores("json_valid", '{"a": 1}', "```json\n[1]\n```", "{", "") == [1, 1, 0, 0]
+    assert scores("json_valid", '{"a": 1}', "```json\n[1]\n```", "{", "", "NaN") == [1, 1, 0, 0, 0]
     assert scores("json_valid", "[" * 100_000) == [0]
     assert scores("regex", "so: 12", "so", pattern=r"\d+") == [1, 0]
     assert scores("regex", "so: 12", "12", pattern=r"\d+", full=True) == [0, 1]
@@ -165,6 +173,10 @@ def hostile() -> list[str]:
             "9" * 100_000,
             "1 if 1 else 2",
             "a" * 1_000_000,
+            "<answer>" * 125_000,
+            "\\boxed{1" * 125_000,
+            "```json\n" + "\n```" * 200_000,
+            " " * 1_000_000 + "#",
         ),
         *(
             "(1+2",
@@ -203,11 +215,25 @@ def test_hostile_answers_are_scored_at_once_and_never_executed(tmp_path, monkeyp
     assert not list(Path(tmp_path).iterdir())
 
 
+def test_rows_made_here_are_scored_by_their_columns():
+    row = known.letter_count(letter_count(4)[2])
+    assert scores("count_letters", f"\\boxed{{{row['letter_count']}}}", letter_count=[row["letter_count"]]) == [0]
+    row = known.gsm8k({"question": "How many?", "answer": "So 1,000 + 234.\n#### 1,234"}, split="train")
+    assert reward_function("gsm8k")("openai/gsm8k", "#### 1,234", row["reward_model"]["ground_truth"]) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is not None, reason="it is there")
 def test_the_package_for_mathematics_is_asked_for_where_it_is_missing():
-    try:
-        importlib.import_module("math_verify")
-    except ImportError:
-        with pytest.raises(ValueError, match=r"pip install 'einkorn\[math\]'"):
-            reward_function("math_verify")("math", "2", "2")
-    else:
-        assert reward_function("math_verify")("math", r"$\frac{1}{2}$", "0.5") == 1
+    with pytest.raises(ValueError, match=r"pip install 'einkorn\[math\]'"):
+        reward_function("math_verify")
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [(r"$\frac{1}{2}$", 1), (r"so \boxed{0.5}", 1), (r"\boxed{2}", 0), ("0.25*2", 0), ("9**9**9", 0)]
+)
+def test_a_mathematical_answer_is_read_as_latex_alone(text, score, monkeypatch):
+    parser = pytest.importorskip("math_verify.parser")
+    executed = []  # sympy's parse_expr executes what it is given
+    monkeypatch.setattr(parser, "parse_expr", lambda given, **_: executed.append(given))
+    assert reward_function("math_verify")("math", text, "0.5") == score
+    assert not executed
