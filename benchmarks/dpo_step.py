@@ -7,9 +7,8 @@
 Rows are real: the last turn of a conversation between two people (the package chitchat-dataset, MIT licence, fetched
 once) is the chosen answer, that of another conversation the rejected one, and the turns before are the prompt. Both
 programs run whole, from a configuration to a log, in float32, each in a process of its own, in turns (einkorn, TRL,
-einkorn, TRL). The first steps are left out of the times, since they compile; of
-the others the median counts, since a step of a new length compiles too. In every setting both see the same pairs, a
-step's longest one cut to `--tokens`.
+einkorn, TRL). Both see the same pairs in the same order, the longest cut to `--tokens`, and see them twice: in the
+first round every length compiles, the second one is timed.
 """
 
 import argparse
@@ -62,8 +61,7 @@ def parse() -> argparse.Namespace:
     add("--memory", action="store_true", help="compile only, and tell bytes")
     add("--batch", type=int, default=2, help="pairs of a step (default: %(default)s)")
     add("--tokens", type=int, default=512, help="prompt and answer are cut to so many (default: %(default)s)")
-    add("--steps", type=int, default=6, help="timed steps of a run (default: %(default)s)")
-    add("--warm", type=int, default=3, help="steps before them (default: %(default)s)")
+    add("--steps", type=int, default=5, help="steps of a round (default: %(default)s)")
     add("--repeat", type=int, default=2, help="runs of each program, in turns (default: %(default)s)")
     add("--prompts", choices=["shared", "apart"], help="how einkorn lays out prompts (default: as it thinks best)")
     add("--trl", help=argparse.SUPPRESS)  # this script calls itself with it
@@ -71,35 +69,33 @@ def parse() -> argparse.Namespace:
 
 
 def compare_times(options: argparse.Namespace, scratch: Path, *, known: bool) -> None:
-    """One setting in turns: every run, then the ratio of the medians."""
-    steps = options.warm + options.steps
-    data, count = pairs(scratch, steps * options.batch)
-    work = Work(
-        options.model, data, count, options.tokens, options.batch, steps, options.warm, options.lora, known=known
-    )
+    """One setting in turns: every run, then the ratio of the whole rounds' seconds."""
+    steps, batch = options.steps, options.batch
+    data, count = pairs(scratch, steps * batch)
+    work = Work(options.model, data, count, options.tokens, batch, 2 * steps, steps, options.lora, known=known)
     print(f"\nreference {'known beforehand' if known else 'computed'}, {'LoRA' if options.lora else 'full weights'}")
     seconds: dict[str, list[float]] = {"einkorn": [], "TRL": []}
     for turn in range(options.repeat):
         for name in seconds:
             folder = scratch / f"{name}-{known}-{turn}"
             found = run_einkorn(work, folder, options.prompts) if name == "einkorn" else run_trl(work, folder)
-            seconds[name].append(statistics.median(found.seconds))
+            seconds[name].append(statistics.mean(found.seconds))
             each = " ".join(f"{s:.2f}" for s in found.seconds)
             print(
                 f"  {name:8} {seconds[name][-1]:7.3f} s/step {found.gigabytes:6.2f} GB peak   steps: {each}", flush=True
             )
-    ours, theirs = (statistics.median(seconds[name]) for name in ("einkorn", "TRL"))
+    ours, theirs = (statistics.mean(seconds[name]) for name in ("einkorn", "TRL"))
     print(f"  einkorn / TRL, s/step: {ours / theirs:.3f}")
 
 
 def pairs(scratch: Path, count: int) -> tuple[str, int]:
-    """A file of preference pairs, and how many it has."""
-    rows = [row["messages"] for row in chats(None) if 4 <= len(row["messages"]) <= 8][: count + 1]
+    """A file of so many preference pairs, and how many they are."""
+    rows = [row["messages"] for row in chats(None) if 4 <= len(row["messages"]) <= 8]
     made = [
         {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": other[-1:]}
         for turns, other in itertools.pairwise(rows)
         if turns[-1] != other[-1]
-    ]
+    ][:count]
     file = scratch / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     return str(file), len(made)

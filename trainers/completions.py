@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainers.metrics import set_aside
 from trainers.rollout import Answered
 
 
@@ -27,9 +28,15 @@ class Completions:
     _due: int = 0
 
     def go_on(self, step: int) -> None:
-        """Forget the answers that a run which goes on from `step` updates will give again."""
+        """Forget the answers that a run which goes on from `step` updates will give again; those of an earlier run
+        are kept under another name when one starts afresh.
+        """
         self._due = step
-        if jax.process_index() == 0 and self.file.exists():
+        if jax.process_index() != 0 or not self.file.exists():
+            return
+        if step == 0:
+            set_aside(self.file)
+        else:
             kept = [
                 line for line in self.file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step
             ]

@@ -76,7 +76,7 @@ class Metrics:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS
         if resume_step is None:
-            _set_aside(path)
+            set_aside(path)
         else:
             self.history = _cut_back(path, resume_step)
         self._file = _Lines(path)
@@ -218,7 +218,8 @@ def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     return [{name: value for name, value in event.items() if name != "time"} for event in events]
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Keep a file of an earlier run under another name, which says when it ended."""
     if path.exists() and path.stat().st_size:
         ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
         older = path.with_name(f"{path.stem}-until-{ended}{path.suffix}")

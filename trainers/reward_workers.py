@@ -47,8 +47,9 @@ class RewardFunctions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the functions are called in the log."""
-        return tuple(spec.rpartition(":")[2] for spec in self._specs)
+        """What the functions are called in the log: two of one name by their file too."""
+        short = [spec.rpartition(":")[2] for spec in self._specs]
+        return tuple(name if short.count(name) == 1 else spec for name, spec in zip(short, self._specs, strict=True))
 
     def __enter__(self) -> "RewardFunctions":
         with contextlib.ExitStack() as undo:

@@ -31,7 +31,9 @@ Rewards = np.ndarray  # float64 [N, F], NaN where a function has no opinion
 
 
 class Judge(Protocol):
-    """What scores answers, such as `reward_workers.RewardFunctions`."""
+    """What scores answers, such as `reward_workers.RewardFunctions`; `failures` counts scores that failed so far."""
+
+    failures: int
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -185,6 +187,8 @@ class Rollouts:
             self._answers["old_logprobs"] = self._means.score(state, frozen, self._answers)
             clock.lap("score")
         self._logged = logged | completion_metrics(groups) | clock.seconds(groups)
+        if self._means.judge.failures:
+            self._logged["reward_failures"] = self._means.judge.failures
         if self.on_answers is not None:
             self.on_answers(int(state.step), groups)
 

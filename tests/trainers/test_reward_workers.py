@@ -49,6 +49,11 @@ def test_what_a_function_prints_and_signals_to_the_run_disturb_nothing(opened):
     assert score(opened("prints", "asks_to_be_ended"), "a", "b").tolist() == [[0.25, 1], [0.25, 1]]
 
 
+def test_functions_of_one_name_are_told_apart_by_their_files():
+    functions = RewardFunctions(["a.py:f", "a.py:g", "b.py:f"], kwargs={}, timeout=1.0, workers=1)
+    assert functions.names == ("a.py:f", "g", "b.py:f")
+
+
 def test_no_opinion_is_not_a_number_and_no_failure(opened):
     functions = opened("no_opinion")
     np.testing.assert_array_equal(score(functions, "a", "?"), [[1.0], [np.nan]])

@@ -1,12 +1,13 @@
 """Reward functions give Oumi's scores, and nothing of an answer is executed."""
 
-import importlib.util
 import pkgutil
 import random
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
 
+import math_verify.parser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,8 +26,6 @@ def scores(name, *texts, **columns):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_name_is_a_function_of_a_file_here(name):
-    if name == "math_verify":
-        pytest.importorskip("math_verify")
     assert callable(reward_function(name))
     assert callable(reward_function(name.upper()))
 
@@ -222,8 +221,9 @@ def test_rows_made_here_are_scored_by_their_columns():
     assert reward_function("gsm8k")("openai/gsm8k", "#### 1,234", row["reward_model"]["ground_truth"]) == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is not None, reason="it is there")
-def test_the_package_for_mathematics_is_asked_for_where_it_is_missing():
+def test_the_package_for_mathematics_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.delitem(sys.modules, "trainers.rewards.mathematics", raising=False)
     with pytest.raises(ValueError, match=r"pip install 'einkorn\[math\]'"):
         reward_function("math_verify")
 
@@ -232,8 +232,7 @@ def test_the_package_for_mathematics_is_asked_for_where_it_is_missing():
     ("text", "score"), [(r"$\frac{1}{2}$", 1), (r"so \boxed{0.5}", 1), (r"\boxed{2}", 0), ("0.25*2", 0), ("9**9**9", 0)]
 )
 def test_a_mathematical_answer_is_read_as_latex_alone(text, score, monkeypatch):
-    parser = pytest.importorskip("math_verify.parser")
     executed = []  # sympy's parse_expr executes what it is given
-    monkeypatch.setattr(parser, "parse_expr", lambda given, **_: executed.append(given))
+    monkeypatch.setattr(math_verify.parser, "parse_expr", lambda given, **_: executed.append(given))
     assert reward_function("math_verify")("math", text, "0.5") == score
     assert not executed

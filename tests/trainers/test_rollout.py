@@ -71,6 +71,7 @@ class Lengths:
     """A reward of an answer's tokens; `asked` keeps what it was called with."""
 
     names = ("tokens",)
+    failures = 0
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -198,3 +199,6 @@ def test_answers_are_kept_in_a_file_and_shown_and_forgotten_where_a_run_goes_on_
     assert shown[0].count("\n") == 2
     made.on_answers.go_on(3)
     assert len((tmp_path / "completions.jsonl").read_text().splitlines()) == 6
+    made.on_answers.go_on(0)
+    (older,) = tmp_path.iterdir()
+    assert older.name.startswith("completions-until-")
