@@ -161,7 +161,7 @@ def _products(
     G = N // K
     q_BKQH = q_BLNH.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores_BKQS = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32) * scores.scale
+    scores_BKQS = _scores(q_BKQH, k_BKSH) * scores.scale
     if scores.softcap is not None:
         scores_BKQS = scores.softcap * jnp.tanh(scores_BKQS / scores.softcap)
     visible_BKQS = jnp.tile(where.visible_BLS(scores.window), (1, G, 1))[:, None, :, :]
@@ -173,6 +173,17 @@ def _products(
         weights_BKQS = _softmax_with_sink(scores_BKQS, sinks_KQ[None, :, :, None])
     out_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights_BKQS.astype(v_BSKH.dtype), v_BKSH)
     return out_BKQH.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+
+
+def _scores(q_BKQH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """The product of every query with every key, in float32 [B, K, Q, S]. XLA on CPU reads many keys for few queries
+    faster where keys come first; barriers keep it from turning that back.
+    """
+    if jax.default_backend() != "cpu" or 16 * q_BKQH.shape[2] > k_BKSH.shape[2]:
+        return jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
+    q_BKHQ = jax.lax.optimization_barrier(q_BKQH.swapaxes(2, 3))
+    scores_BKSQ = jnp.einsum("bksh,bkhq->bksq", k_BKSH, q_BKHQ, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(scores_BKSQ).swapaxes(2, 3)
 
 
 def _softmax_with_sink(scores_BKQS: jax.Array, sinks_BKQ1: jax.Array) -> jax.Array:

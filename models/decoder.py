@@ -18,6 +18,7 @@ from flax import nnx
 from models.attention import Where
 from models.config import Compute, DecoderConfig, Layer
 from models.layers import NORMS, Block, Cache, LayerCache, Road, normed
+from models.linear import TURNED, turned_product
 from models.moe import RouterStats
 from models.quantized import SCALE, VALUES
 from models.rope import document_lengths
@@ -35,16 +36,22 @@ LONGEST_PERIOD = 8  # layers in one scan step, where layers are unlike
 
 
 class Head(NamedTuple):
-    """From hidden state to vocabulary: `softcap * tanh(logits / softcap)` of logits = hidden @ kernel.T + bias."""
+    """From hidden state to vocabulary: `softcap * tanh(logits / softcap)` of logits = hidden @ kernel.T + bias;
+    `few` where there are few hidden states, in decoding (`models.linear.turned_product`).
+    """
 
     kernel_VD: jax.Array
     bias_V: jax.Array | None
     softcap: float | None
+    few: bool = False
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
         kernel_VD = self.kernel_VD.astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, kernel_VD, preferred_element_type=jnp.float32)
+        if self.few:
+            logits = turned_product(hidden, kernel_VD, preferred_element_type=jnp.float32)
+        else:
+            logits = jnp.einsum("...d,vd->...v", hidden, kernel_VD, preferred_element_type=jnp.float32)
         if self.bias_V is not None:
             logits = logits + self.bias_V.astype(jnp.float32).reshape(*(1,) * (logits.ndim - 1), -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
@@ -52,8 +59,8 @@ class Head(NamedTuple):
 
 @functools.cache
 def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> tuple[nnx.GraphDef, Any]:
-    """The graph of one layer and its abstract parameters; `added` are leaves by path that only an adapter has, or a
-    quantised kernel, which then has no other.
+    """The graph of one layer and its abstract parameters; `added` are leaves by path that only an adapter has, or what
+    stands in a kernel's place.
     """
 
     def build() -> Block:
@@ -62,7 +69,7 @@ def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...]
             *modules, leaf = path.split("/")
             module: Any = functools.reduce(getattr, modules, block)
             setattr(module, leaf, nnx.Param(jnp.zeros(shape)))
-            if leaf == VALUES:
+            if leaf in (VALUES, TURNED):
                 del module.kernel
         return block
 
@@ -200,6 +207,8 @@ def layers_apart(tree: Any, layers: int) -> list[Any]:
 def head(params: Params, config: DecoderConfig) -> Head:
     """What turns hidden states into logits: the embedding itself where the head is tied to it."""
     own = params.get("head", {})
+    if TURNED in own:
+        return Head(own[TURNED], own.get("bias"), config.logit_softcap, few=True)
     kernel_VD = params["embed"]["embedding"] if config.tied_head else own["kernel"].T
     return Head(kernel_VD, own.get("bias"), config.logit_softcap)
 
@@ -227,9 +236,7 @@ def _run(
     )
     x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
-    layers = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _cast(path[-1].key, leaf, compute.dtype), params["layers"]
-    )
+    layers = cast(params["layers"], compute.dtype)
     total: RouterStats | None = None
     if isinstance(layers, list):
         assert isinstance(cache, list)
@@ -255,10 +262,14 @@ def _reach(where: Where, longest_document: int | None) -> int | None:
     return None if where.k_positions_BS.shape[1] != L else longest_document or L
 
 
-def _cast(name: str, leaf: jax.Array, dtype: Any) -> jax.Array:
-    """A leaf in the dtype of the activations; a quantised kernel stays, and so do the keys of an adapter's dropout."""
-    stays = name in (VALUES, SCALE) or not jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf if stays else leaf.astype(dtype)
+def cast(params: Any, dtype: Any) -> Any:
+    """Leaves in the dtype of the activations; a quantised kernel stays, and so do the keys of an adapter's dropout."""
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        stays = path[-1].key in (VALUES, SCALE) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if stays else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _embedded(

@@ -20,6 +20,7 @@ import numpy as np
 
 from models import slots
 from models.decoder import Compute, DecoderConfig, Params
+from models.decoding import for_decoding
 from models.sampling import Drawn, Sampling, check_sampling
 from models.sharding import replicas
 from models.slots import NONE, Placement, Prefilled, Rows
@@ -111,7 +112,7 @@ class _Engine:
         self.most = max(_places(len(r.prompt) + r.longest, len(r.prompt)) for r in requests)
         self.rows: Rows | None = None
         with self._on_mesh():
-            self.decoding = slots.for_decoding(
+            self.decoding, self.decoding_config = for_decoding(
                 params, config=config, compute=compute, apart=jax.default_backend() == "cpu"
             )
 
@@ -208,7 +209,7 @@ class _Engine:
                 np.array([slot in self.owner for slot in range(self.slots)]),
                 self.key,
                 self.stop_ids_K,
-                config=self.config,
+                config=self.decoding_config,
                 compute=self.compute,
                 sampling=self.settings.sampling,
                 steps=self.settings.block,

@@ -12,6 +12,8 @@ from flax import nnx
 from models.lora import Lora, column_norms, dropped
 from models.quantized import dequantise
 
+TURNED = "kernel_turned"  # a kernel as [F, D], in the place of one as [D, F]: models/decoding.py
+
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, the kernel as [D, F].
@@ -19,11 +21,12 @@ class Linear(nnx.Module):
     Shapes alone matter here: modules are built abstractly, their values come from files or from
     `models.decoder.init_params`. Where the parameter tree has leaves of an adapter beside the kernel (models/lora.py),
     the decoder gives the module attributes of these names, and its product is the adapted one. Where the kernel is
-    quantised (models/quantized.py), the two leaves that stand for it are there in its place.
+    quantised (models/quantized.py), the two leaves that stand for it are there in its place; so is a turned one.
     """
 
     kernel_values: nnx.Param
     kernel_scale: nnx.Param
+    kernel_turned: nnx.Param
 
     lora_a: nnx.Param
     lora_b: nnx.Param
@@ -35,13 +38,18 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
     def __call__(self, x_BLD: jax.Array, lora: Lora | None = None) -> jax.Array:
-        out_BLF = matrix_product(x_BLD, self._kernel(x_BLD.dtype))
+        if hasattr(self, TURNED):
+            out_BLF = turned_product(x_BLD, self.kernel_turned[...])
+        else:
+            out_BLF = matrix_product(x_BLD, self._kernel(x_BLD.dtype))
         if hasattr(self, "lora_a"):
             assert lora is not None, "an adapter without its settings: set Compute.lora"
             out_BLF = self._adapted(x_BLD, out_BLF, lora)
         return out_BLF if self.bias is None else out_BLF + self.bias[...][None, None, :]
 
     def _kernel(self, dtype: Any) -> jax.Array:
+        if hasattr(self, TURNED):
+            return self.kernel_turned[...].T
         if hasattr(self, "kernel_values"):
             return dequantise(self.kernel_values[...], self.kernel_scale[...]).astype(dtype)
         return self.kernel[...]
@@ -73,3 +81,12 @@ def matrix_product(x_BLD: jax.Array, kernel_DF: jax.Array, **options: Any) -> ja
     B, L, D = x_BLD.shape
     out = jax.lax.dot_general(x_BLD.reshape(B * L, D), kernel_DF, (((1,), (0,)), ((), ())), **options)
     return out.reshape(B, L, kernel_DF.shape[1])
+
+
+def turned_product(x: jax.Array, kernel_FD: jax.Array, **options: Any) -> jax.Array:
+    """`x @ kernel.T` [..., F] of few rows [..., D], as `(kernel @ x.T).T`: so XLA on CPU reads a kernel twice as fast.
+    Barriers keep it from turning the product back.
+    """
+    x_DR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    out_FR = jax.lax.dot_general(kernel_FD, x_DR, (((1,), (0,)), ((), ())), **options)
+    return jax.lax.optimization_barrier(out_FR).T.reshape(*x.shape[:-1], kernel_FD.shape[0])

@@ -48,23 +48,6 @@ class Placement(NamedTuple):
     left_T: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "apart"))
-def for_decoding(params: Params, *, config: DecoderConfig, compute: Compute, apart: bool) -> Params:
-    """The parameters as every step of decoding reads them: matrices in the compute dtype, once and not in each block.
-
-    On CPU also with layers apart: a loop over stacked ones copies each layer out of the stack, and its cache too, which
-    took as long as all products together. Accelerators read slices where they lie.
-    """
-
-    def narrow(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(compute.dtype) if leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else leaf
-
-    params = params | {"embed": jax.tree.map(narrow, params["embed"])}
-    if not apart:
-        return params
-    return params | {"layers": layers_apart(params["layers"], config.layers)}
-
-
 @functools.partial(jax.jit, static_argnames=("config", "slots", "places", "dtype", "apart", "penalises"))
 def empty_rows(*, config: DecoderConfig, slots: int, places: int, dtype: Any, apart: bool, penalises: bool) -> Rows:
     cache: Any = empty_cache(config, rows=slots, slots=places, dtype=dtype)
