@@ -6,7 +6,7 @@ The keys of `training.grpo`, of `trainer_kwargs` that belong to TRL_GRPO, and ve
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from models.lora import Parts, merged
 from models.sharding import batch_sharding, parameter_shardings, replicas
 from trainers.advantages import Valued, advantages, verl_advantages
 from trainers.completions import Completions
-from trainers.grpo import grpo_loss, policy_logprobs
+from trainers.grpo import divergences, grpo_loss, policy_logprobs, reference_logprobs
+from trainers.kl_reward import KlPenalty
 from trainers.loop import HostBatch, device_batch
 from trainers.policy_losses import GroupPolicy
 from trainers.policy_verl import VerlPolicy
@@ -80,6 +81,7 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
             value=valuer(config, judge.names),
             decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
             score=old_logprobs(config, model, mesh, longest) if sizes.updates > 1 else None,
+            penalty=kl_penalty(config, model, mesh, longest),
             attempts=training.grpo.max_generation_batches if training.grpo.dynamic_sampling else 1,
         )
         yield Feed(
@@ -164,20 +166,21 @@ def _sampling(drawing: verl.Drawing) -> Sampling:
     )
 
 
-def valuer(config: ConfigDict, names: Sequence[str]) -> Callable[[Rewards, np.ndarray, int], Valued]:
-    """A function (rewards [N, F], lengths [N], group) → what answers are worth."""
+def valuer(config: ConfigDict, names: Sequence[str]) -> Callable[[Rewards, np.ndarray, int, np.ndarray | None], Valued]:
+    """A function (rewards [N, F], lengths [N], group, what rewards lose [N] or None) → what answers are worth."""
     if config.training.trainer_type == "VERL_GRPO":
         says = verl.settings(config)
-        return lambda rewards, lengths, group: verl_advantages(
+        return lambda rewards, lengths, group, penalties: verl_advantages(
             rewards,
             lengths,
             names=names,
             group=group,
             estimator=says.adv_estimator,
             by_std=says.norm_adv_by_std_in_grpo,
+            penalties=penalties,
         )
     kwargs, weights = config.training.trainer_kwargs, derived.reward_weights(config)
-    return lambda rewards, lengths, group: advantages(
+    return lambda rewards, lengths, group, _: advantages(
         rewards,
         names=names,
         weights=weights,
@@ -192,25 +195,48 @@ def old_logprobs(
 ) -> Callable[[TrainState, Any, HostBatch], np.ndarray]:
     """A function (state, frozen, batch) → log-probabilities of its targets [M, B, L] as training computes them."""
     score = policy_logprobs(scorer_of(config, model, compute_of(config, model, longest_document=longest)))
-    parts = abstract_parts(model)
+    return _of_each(score, model, mesh)
 
-    def of_each(params: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        return jax.lax.map(lambda micro: score(params, Frozen(frozen, None), micro), batch)
 
-    jitted = jax.jit(
-        of_each,
-        in_shardings=(
-            parameter_shardings(parts.trained, mesh),
-            None if parts.frozen is None else parameter_shardings(parts.frozen, mesh),
-            batch_sharding(mesh),
-        ),
-        out_shardings=NamedSharding(mesh, P()),
+def kl_penalty(config: ConfigDict, model: Model, mesh: Mesh, longest: int) -> KlPenalty | None:
+    """What lowers rewards by the divergence from the reference, if anything does: verl's `use_kl_in_reward`."""
+    if config.training.trainer_type != "VERL_GRPO" or not verl.settings(config).use_kl_in_reward:
+        return None
+    says = verl.settings(config)
+    scorer = scorer_of(config, model, compute_of(config, model, longest_document=longest))
+    policy, reference = policy_logprobs(scorer), reference_logprobs(scorer)
+
+    def measure(params: Any, frozen: Frozen, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logprobs = policy(params, frozen, micro), reference(frozen, micro)
+        return divergences(*logprobs, micro["weights"], kind=says.kl_penalty)
+
+    return KlPenalty(
+        _of_each(measure, model, mesh),
+        coefficient=says.kl_coef,
+        target=says.kl_target if says.kl_ctrl_type == "adaptive" else None,
+        horizon=says.kl_horizon,
     )
 
-    def run(state: TrainState, frozen: Frozen, host: HostBatch) -> np.ndarray:
+
+def _of_each(
+    compute: Callable[[Any, Frozen, dict[str, jax.Array]], Any], model: Model, mesh: Mesh
+) -> Callable[[TrainState, Frozen, Mapping[str, np.ndarray]], Any]:
+    """A function (state, frozen, batch [M, B, L]) → what `compute(params, frozen, microbatch)` gives for each of its M
+    microbatches, on the host.
+    """
+    trained = parameter_shardings(abstract_parts(model).trained, mesh)
+
+    def of_each(params: Any, frozen: Frozen, batch: dict[str, jax.Array]) -> Any:
+        return jax.lax.map(lambda micro: compute(params, frozen, micro), batch)
+
+    jitted = jax.jit(
+        of_each, in_shardings=(trained, None, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, P())
+    )
+
+    def run(state: TrainState, frozen: Frozen, host: Mapping[str, np.ndarray]) -> Any:
         needed = {name: host[name] for name in ("tokens", "targets", "weights", "segments", "positions")}
         with jax.set_mesh(mesh):
-            return np.asarray(jitted(state.params, frozen.model, device_batch(needed, mesh)))
+            return jax.tree.map(np.asarray, jitted(state.params, frozen, device_batch(needed, mesh)))
 
     return run
 
@@ -285,10 +311,6 @@ def _of_trl(config: ConfigDict) -> GroupPolicy:
 
 def _of_verl(config: ConfigDict) -> VerlPolicy:
     says = verl.settings(config)
-    if says.use_kl_in_reward:
-        raise NotImplementedError(
-            f"not implemented yet: {verl.PATH}.algorithm.use_kl_in_reward: true; say actor.use_kl_loss"
-        )
     factor = says.loss_scale_factor
     if says.loss_agg_mode == "seq-mean-token-sum-norm" and factor is None:
         factor = says.max_response_length  # to which verl pads

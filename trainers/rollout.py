@@ -21,6 +21,7 @@ from input_pipeline.collate import Line, bucket_length, collate, shift
 from input_pipeline.prompts import PromptBatches, PromptRow, Prompts
 from models.generate import Generated
 from trainers.advantages import Valued
+from trainers.kl_reward import KlPenalty
 from trainers.processes import on_process_0
 from trainers.step import TrainState
 
@@ -69,16 +70,18 @@ class Means:
     """What a rollout is made with.
 
     sample(state, frozen, prompts' ids, generation, group): `group` answers to each, in order. judge: rewards.
-    value(rewards, lengths, group): advantages. score(state, frozen, batch): log-probabilities of the targets [M, B, L]
-    under the policy that answered, as training computes them; None where there is but one update. decode(ids): text.
-    attempts: how often more prompts are drawn for groups that tell nothing; 1: never.
+    value(rewards, lengths, group, penalties): advantages. penalty: what rewards lose in training. score(state, frozen,
+    batch): log-probabilities of the targets [M, B, L] under the policy that answered, as training computes them; None
+    where there is but one update. decode(ids): text. attempts: how often more prompts are drawn for groups that tell
+    nothing; 1: never.
     """
 
     sample: Callable[[TrainState, Any, Sequence[Sequence[int]], int, int], list[Generated]]
     judge: Judge
-    value: Callable[[Rewards, np.ndarray, int], Valued]
+    value: Callable[[Rewards, np.ndarray, int, np.ndarray | None], Valued]
     decode: Callable[[Sequence[int]], str]
     score: Callable[[TrainState, Any, HostBatch], np.ndarray] | None = None
+    penalty: KlPenalty | None = None
     attempts: int = 1
 
 
@@ -155,6 +158,7 @@ class Rollouts:
                 "next": self._next,
                 "answers": _packed(self._answers) if left else None,
                 "rows": self._rows_of if left else [],
+                "kl_coefficient": self._means.penalty and self._means.penalty.coefficient,
             },
         }
 
@@ -166,6 +170,8 @@ class Rollouts:
         self._generation, self._next = int(position["generation"]), int(position["next"])
         self._answers = _unpacked(position["answers"]) if position["answers"] else {}
         self._rows_of = [list(map(int, rows)) for rows in position["rows"]]
+        if self._means.penalty is not None:
+            self._means.penalty.coefficient = float(position["kl_coefficient"])
 
     def close(self) -> None:
         """Nothing runs ahead."""
@@ -181,6 +187,9 @@ class Rollouts:
         clock.lap("update")
         groups, logged = self._answered(state, frozen, clock)
         lines = [line for group in groups for line in lines_of(group, mask_truncated=self._shape.mask_truncated)]
+        if self._shape.updates > 1:
+            order = np.random.default_rng([self._shape.seed, self._generation]).permutation(len(lines))
+            lines = [lines[i] for i in order]
         self._answers, self._rows_of = self._batched(lines)
         self._next = 0
         if self._means.score is not None:
@@ -202,7 +211,7 @@ class Rollouts:
             answers = self._means.sample(state, frozen, [row.ids for row in rows], self._generation, self._shape.group)
             self._generation += 1
             clock.lap("generate")
-            groups, valued = self._judged(rows, answers, self._shape.group)
+            groups, valued = self._judged(rows, answers, self._shape.group, policy=(state, frozen))
             clock.lap("reward")
             logged.append(valued.logged)
             for group, tells in zip(groups, valued.informative, strict=True):
@@ -217,8 +226,14 @@ class Rollouts:
         return (kept + spare)[: len(rows)], means
 
     def _judged(
-        self, rows: Sequence[PromptRow], answers: Sequence[Generated], group: int
+        self,
+        rows: Sequence[PromptRow],
+        answers: Sequence[Generated],
+        group: int,
+        *,
+        policy: tuple[TrainState, Any] | None = None,
     ) -> tuple[list[Answered], Valued]:
+        """Groups and what they are worth; rewards of a `policy` that learns lose what the penalty takes."""
         texts = [self._means.decode(answer.tokens) for answer in answers]
         each = [row for row in rows for _ in range(group)]
         names = sorted(set().union(*(row.columns for row in rows)))
@@ -231,19 +246,26 @@ class Rollouts:
             ).tolist()
         )
         rewards = np.array(scores, np.float64)
-        valued = self._means.value(rewards, np.array([len(answer.ids) for answer in answers]), group)
-        groups = []
-        for number, row in enumerate(rows):
-            own = slice(number * group, (number + 1) * group)
-            groups.append(Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], valued.advantages[own]))
-        return groups, valued
+
+        def groups_with(advantages: np.ndarray) -> list[Answered]:
+            parts = [slice(first, first + group) for first in range(0, len(answers), group)]
+            return [
+                Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], advantages[own])
+                for row, own in zip(rows, parts, strict=True)
+            ]
+
+        penalties, logged = None, dict[str, float]()
+        if policy is not None and self._means.penalty is not None:
+            unknown = groups_with(np.zeros(len(answers)))
+            batch, _ = self._batched([line for one in unknown for line in lines_of(one, mask_truncated=False)])
+            penalties, logged = self._means.penalty(*policy, batch)
+        lengths = np.array([len(answer.ids) for answer in answers])
+        valued = self._means.value(rewards, lengths, group, penalties)
+        return groups_with(valued.advantages), valued._replace(logged=valued.logged | logged)
 
     def _batched(self, lines: list[Line]) -> tuple[HostBatch, list[list[int]]]:
         """The answers [M, B, L], and which prompts each microbatch has."""
         shape = self._shape
-        if shape.updates > 1:
-            order = np.random.default_rng([shape.seed, self._generation]).permutation(len(lines))
-            lines = [lines[i] for i in order]
         length = bucket_length(max(len(line.columns) for line in lines), shape.max_length)
         count, left = divmod(len(lines), shape.rows)
         assert not left

@@ -148,6 +148,28 @@ def test_the_documented_configuration_of_verl_trains_as_it_stands(files, tiny_ch
     assert_loads(output)
 
 
+def test_rewards_of_verl_are_lowered_by_the_divergence_from_the_first_weights(files, tiny_chat_model):
+    output = files / "diverged"
+    kl = "{use_kl_in_reward: true, kl_ctrl: {type: adaptive, kl_coef: 0.5, horizon: 100}}"
+    einkorn(
+        *("train", "-c", str(files / "verl.yaml"), f"--model.model_name={tiny_chat_model}", "--training.max_steps=2"),
+        *(f"--training.output_dir={output}", "--training.logging_steps=1", "--training.grpo.max_completion_length=16"),
+        *(
+            "--training.grpo.max_prompt_length=768",
+            "--training.learning_rate=0.01",
+            "--training.save_final_model=false",
+        ),
+        "--training.verl_config_overrides={data: {train_batch_size: 4}, algorithm: " + kl + "}",
+    )
+    first, second = (event for event in events(output) if "loss" in event)
+    assert first["actor/reward_kl_penalty"] == 0
+    assert first["critic/rewards/mean"] == first["critic/score/mean"]
+    assert second["actor/reward_kl_penalty"] != 0
+    assert second["critic/rewards/mean"] != second["critic/score/mean"]
+    answers = 4 * 8  # to each prompt eight, where nothing is said
+    assert second["actor/reward_kl_penalty_coeff"] == pytest.approx(0.5 * (1 - 0.2 * answers / 100))
+
+
 @pytest.mark.slow
 def test_a_reward_rises(files):
     output = files / "risen"

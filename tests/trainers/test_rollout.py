@@ -11,6 +11,7 @@ from input_pipeline.reading import Reading
 from models.generate import Generated
 from trainers.advantages import Valued
 from trainers.completions import Completions
+from trainers.kl_reward import KlPenalty
 from trainers.rollout import Answered, Means, Rollouts, Shape, completion_metrics, completion_of, lines_of
 from trainers.step import TrainState
 
@@ -81,8 +82,8 @@ class Lengths:
         return np.array([[float(len(ids))] for ids in completion_ids])
 
 
-def valued(rewards: np.ndarray, lengths: np.ndarray, group: int) -> Valued:
-    each = rewards[:, 0].reshape(-1, group)
+def valued(rewards: np.ndarray, lengths: np.ndarray, group: int, penalties: np.ndarray | None) -> Valued:
+    each = (rewards[:, 0] - (0 if penalties is None else penalties)).reshape(-1, group)
     centred = each - each.mean(axis=1, keepdims=True)
     return Valued(centred.reshape(-1), centred.any(axis=1), {"reward": float(rewards.mean())})
 
@@ -99,7 +100,15 @@ def prompts(tmp_path_factory, tiny_chat_model) -> Prompts:
     return read_prompts(split, AutoTokenizer.from_pretrained(tiny_chat_model), reading=reading)
 
 
-def rollouts(prompts: Prompts, judge: Lengths, *, updates: int = 4, attempts: int = 1, dull: int = 0) -> Rollouts:
+def rollouts(
+    prompts: Prompts,
+    judge: Lengths,
+    *,
+    updates: int = 4,
+    attempts: int = 1,
+    dull: int = 0,
+    penalty: KlPenalty | None = None,
+) -> Rollouts:
     """Two prompts a generation, three answers to each, microbatches of two; of the first `dull` prompts of a generation
     all answers are equally long.
     """
@@ -117,6 +126,7 @@ def rollouts(prompts: Prompts, judge: Lengths, *, updates: int = 4, attempts: in
         value=valued,
         decode=lambda ids: " ".join(map(str, ids)),
         score=lambda state, frozen, batch: batch["sampled_logprobs"] - 1,
+        penalty=penalty,
         attempts=attempts,
     )
     shape = Shape(group=3, rows=2, accumulation=1, updates=updates, max_length=64, mask_truncated=False, seed=7)
@@ -156,6 +166,38 @@ def test_a_run_goes_on_in_the_midst_of_a_generation(prompts, done):
     resumed.set_state(state)
     assert_equal(batches(resumed, 7), expected)
     assert resumed.rows == whole.rows
+
+
+def by_tokens(coefficient: float, **how: Any) -> KlPenalty:
+    """A penalty of so much for each token of an answer; its tokens' mean divergence is 1."""
+    return KlPenalty(
+        lambda state, frozen, batch: (batch["weights"].sum(axis=-1), np.ones(batch["weights"].shape[:2])),
+        coefficient,
+        **how,
+    )
+
+
+def test_rewards_lose_what_the_penalty_of_the_same_answer_is(prompts):
+    plain, lowered = (rollouts(prompts, Lengths(), penalty=penalty) for penalty in (None, by_tokens(0.25)))
+    for one, other in zip(batches(plain, 4), batches(lowered, 4), strict=True):
+        np.testing.assert_allclose(other["advantages"], 0.75 * one["advantages"], rtol=1e-6)
+    logged = lowered.logged()
+    assert (logged["actor/reward_kl_penalty"], logged["actor/reward_kl_penalty_coeff"]) == (1, 0.25)
+
+
+def test_a_weight_that_goes_after_its_target_goes_on_with_the_run(prompts):
+    def made() -> Rollouts:
+        return rollouts(prompts, Lengths(), penalty=by_tokens(0.25, target=0.5, horizon=60))
+
+    whole, resumed = made(), made()
+    batches(whole, 4)
+    resumed.set_state(json.loads(json.dumps(whole.get_state())))
+    for each in (whole, resumed):
+        batches(each, 4)
+        each.logged()
+        batches(each, 1)
+        # 1 is above 0.5, by more than verl's bound of a fifth: the weight grows by 0.2 * 6 answers / 60
+        assert each.logged()["actor/reward_kl_penalty_coeff"] == pytest.approx(0.25 * 1.02**2)
 
 
 def test_another_shape_is_refused(prompts):
