@@ -49,7 +49,7 @@ def main() -> None:
         if options.memory:
             compare_memory(options, Path(scratch))
             return
-        for known in (False, True) if options.reference == "both" else (options.reference == "known",):
+        for known in {"both": (False, True), "computed": (False,), "known": (True,)}[options.reference]:
             compare_times(options, Path(scratch), known=known)
 
 

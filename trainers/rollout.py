@@ -185,6 +185,7 @@ class Rollouts:
         clock = _Clock(self._given)
         jax.block_until_ready(state.params)
         clock.lap("update")
+        failures = self._means.judge.failures
         groups, logged = self._answered(state, frozen, clock)
         lines = [line for group in groups for line in lines_of(group, mask_truncated=self._shape.mask_truncated)]
         if self._shape.updates > 1:
@@ -196,8 +197,7 @@ class Rollouts:
             self._answers["old_logprobs"] = self._means.score(state, frozen, self._answers)
             clock.lap("score")
         self._logged = logged | completion_metrics(groups) | clock.seconds(groups)
-        if self._means.judge.failures:
-            self._logged["reward_failures"] = self._means.judge.failures
+        self._logged["reward_failures"] = float(self._means.judge.failures - failures)
         if self.on_answers is not None:
             self.on_answers(int(state.step), groups)
 
@@ -246,22 +246,19 @@ class Rollouts:
             ).tolist()
         )
         rewards = np.array(scores, np.float64)
-
-        def groups_with(advantages: np.ndarray) -> list[Answered]:
-            parts = [slice(first, first + group) for first in range(0, len(answers), group)]
-            return [
-                Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], advantages[own])
-                for row, own in zip(rows, parts, strict=True)
-            ]
-
+        groups = []  # not worth anything yet
+        for number, row in enumerate(rows):
+            own = slice(number * group, (number + 1) * group)
+            groups.append(Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], np.zeros(group)))
         penalties, logged = None, dict[str, float]()
         if policy is not None and self._means.penalty is not None:
-            unknown = groups_with(np.zeros(len(answers)))
-            batch, _ = self._batched([line for one in unknown for line in lines_of(one, mask_truncated=False)])
+            batch, _ = self._batched([line for one in groups for line in lines_of(one, mask_truncated=False)])
             penalties, logged = self._means.penalty(*policy, batch)
         lengths = np.array([len(answer.ids) for answer in answers])
         valued = self._means.value(rewards, lengths, group, penalties)
-        return groups_with(valued.advantages), valued._replace(logged=valued.logged | logged)
+        worth = valued.advantages.reshape(-1, group)
+        groups = [one._replace(advantages=own) for one, own in zip(groups, worth, strict=True)]
+        return groups, valued._replace(logged=valued.logged | logged)
 
     def _batched(self, lines: list[Line]) -> tuple[HostBatch, list[list[int]]]:
         """The answers [M, B, L], and which prompts each microbatch has."""
