@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from models.config import Compute, DecoderConfig
 from models.decoder import Params, cast, layers_apart
 from models.linear import TURNED
-from models.lora import fused
+from models.lora import fused, is_adapter
 from models.quantized import KERNEL, VALUES, is_quantisable
 from models.sharding import nested, paths
 
@@ -56,7 +56,9 @@ def _made(params: Params, *, config: DecoderConfig, compute: Compute, apart: boo
         return params
     params["layers"] = cast(params["layers"], compute.dtype)
     leaves = paths(params)
-    if compute.lora is not None and compute.dtype == jnp.float32 and not any(p.endswith(VALUES) for p in leaves):
+    # A reference has no adapter, though its config may name one.
+    plain = compute.dtype == jnp.float32 and not any(path.endswith(VALUES) for path in leaves)
+    if plain and any(is_adapter(path) for path in leaves):
         leaves = paths(fused(params, compute.lora))  # in a narrower dtype the sum would lose what the adapter adds
     for whole, parts in _JOINED.items():
         _join(leaves, whole, [f"{whole.rsplit('/', 1)[0]}/{part}" for part in parts])

@@ -99,6 +99,13 @@ def test_an_adapter_and_a_quantised_kernel_are_those_of_training(form):
     )
 
 
+def test_a_model_that_has_no_adapter_yet_decodes_as_it_is():
+    params = init_params(jax.random.key(1), PLAIN, dtype=jnp.float32)
+    np.testing.assert_array_equal(
+        step_by_step(params, PLAIN, Compute(lora=LORA)), step_by_step(params, PLAIN, Compute())
+    )
+
+
 def leaves_of(params, config, compute):
     decoding, joined = for_decoding(params, config=config, compute=compute, apart=True)
     return {path: leaf.shape for path, leaf in paths(decoding["layers"][0]).items() if "norm" not in path}, joined
