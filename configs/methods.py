@@ -43,8 +43,11 @@ PREFERENCE_KWARGS: Table = {
         "ours: where an answer begins, where the prompt with its generation prompt ends (trl), or at the assistant's "
         "header, with an end-of-sequence token after it in any case (oumi)",
     ),
+}
+
+ANSWERS_KWARGS: Table = {
     "shared_prompt": Key(
-        None, bool, "ours: compute a prompt once for all its answers; null: where model and attention allow it"
+        None, bool, "ours: compute a prompt once for all its answers; null: where the model allows it and it is faster"
     ),
 }
 
@@ -303,6 +306,7 @@ PEFT: Table = {
 TRAINER_KWARGS: Table = {
     **belongs_to((*PREFERENCE, "TRL_GRPO"), REFERENCE_KWARGS),
     **belongs_to(PREFERENCE, PREFERENCE_KWARGS),
+    **belongs_to((*PREFERENCE, "TRL_GRPO"), ANSWERS_KWARGS),
     **belongs_to(("TRL_DPO",), DPO_KWARGS),
     **belongs_to(("TRL_KTO",), KTO_KWARGS),
     **belongs_to(("TRL_GRPO",), GRPO_KWARGS),

@@ -36,6 +36,7 @@ class Feed:
     longest_document: int  # the most tokens that see one another in a row
     useful: float | None  # share of the first epoch's places that hold a token, the rest is padding
     notices: tuple[str, ...]  # for the log
+    together: int = 1  # answers of the policy's own that a row has, its prompt once before them
 
     @property
     def counts(self) -> Counts:

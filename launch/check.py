@@ -71,7 +71,7 @@ def _found(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed) -> tuple[li
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
     """Bytes a device, by kind. Exact for what lies there between steps; activations by a formula, good to some 30 %."""
-    method = method_of(config, model, longest_document=feed.longest_document)
+    method = method_of(config, model, longest_document=feed.longest_document, together=feed.together)
     step = step_of(config, model, mesh, learning_rate, method)
     parts = assemble.abstract_parts(model)
     trained, frozen = parts.trained, method.frozen(parts)
@@ -83,7 +83,8 @@ def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_ra
     accumulating = config.training.gradient_accumulation_steps > 1
     gradients = params * (2 if accumulating and model.dtype.itemsize == 2 else 1) * (2 if accumulating else 1)
     c, width = model.config, compute.dtype.itemsize
-    tokens = config.training.per_device_train_batch_size * feed.longest / (mesh.shape["context"] * mesh.shape["tensor"])
+    rows = config.training.per_device_train_batch_size / feed.together
+    tokens = rows * feed.longest / (mesh.shape["context"] * mesh.shape["tensor"])
     whole = width * (8 * c.width + 3 * c.heads * c.head_width + 4 * c.mlp_width)
     kept = {"none": whole, "dots": whole / 2, "full": width * c.width}[compute.remat]
     activations = tokens * (c.layers * kept + (whole if compute.remat != "none" else 0)) + 1024 * c.vocabulary * 12

@@ -6,6 +6,7 @@ The keys of `training.grpo`, of `trainer_kwargs` that belong to TRL_GRPO, and ve
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from ml_collections import ConfigDict
 from configs import derived, verl
 from input_pipeline.pipeline import Feed
 from input_pipeline.prompts import Prompts, prompt_feed
+from launch import assemble
 from launch.assemble import Model, abstract_parts, compute_of
 from launch.data import limit_of, prompts_of, reading_of, steps_of, template_kwargs
+from launch.preferences import shares_prompt
 from models.config import Compute
 from models.generate import Generated, Sampling, complete, stop_ids_of
 from models.lora import Parts, merged
@@ -34,8 +37,9 @@ from trainers.policy_losses import GroupPolicy
 from trainers.policy_verl import VerlPolicy
 from trainers.reference import Frozen, reference_leaves
 from trainers.rollout import Means, Rewards, Rollouts, Shape
-from trainers.scoring import Scorer
+from trainers.scoring import Scorer, by_answer
 from trainers.step import Loss, TrainState
+from trainers.throughput import flops_per_token
 
 log = logging.getLogger("einkorn")
 
@@ -59,10 +63,13 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
     )
     for notice in asked.notices:
         log.info(notice)
-    longest = asked.prompts.longest + derived.completion_length(config)
+    together = answers_in_row(config, model, sizes, replicas=replicas(mesh), prompt=asked.prompts.longest)
+    longest = asked.prompts.longest + together * derived.completion_length(config)
+    longest += together - 1 if together > 1 else 0  # each begins with the prompt's last token
     shape = Shape(
         group=sizes.generations,
-        rows=sizes.microbatch,
+        together=together,
+        rows=sizes.microbatch // together,
         accumulation=sizes.accumulation,
         updates=sizes.updates,
         max_length=longest,
@@ -80,8 +87,8 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
             judge=judge,
             value=valuer(config, judge.names),
             decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
-            score=old_logprobs(config, model, mesh, longest) if sizes.updates > 1 else None,
-            penalty=kl_penalty(config, model, mesh, longest),
+            score=old_logprobs(config, model, mesh, longest, shared=together > 1) if sizes.updates > 1 else None,
+            penalty=kl_penalty(config, model, mesh, longest, together=together),
             attempts=training.grpo.max_generation_batches if training.grpo.dynamic_sampling else 1,
         )
         yield Feed(
@@ -93,7 +100,35 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
             longest_document=longest,
             useful=None,
             notices=asked.notices,
+            together=together,
         )
+
+
+def answers_in_row(config: ConfigDict, model: Model, sizes: derived.Rollout, *, replicas: int, prompt: int) -> int:
+    """How many answers stand behind one copy of their prompt of so many tokens: as many of a group as a device has in a
+    microbatch, or fewer where that is less arithmetic, since a row's attention grows with all of them.
+
+    One each where `shared_prompt` is false, where the model cannot branch, and by default where a generation is cut
+    into several updates, in each of which TRL has answers drawn from all groups.
+    """
+    asked = config.training.trainer_kwargs.shared_prompt
+    if not shares_prompt(config, model) or (asked is None and sizes.updates > sizes.passes):
+        return 1
+    most = math.gcd(sizes.generations, sizes.microbatch // replicas)
+    count, answer = assemble.parameter_count(model), derived.completion_length(config)
+
+    def flops(together: int) -> float:
+        each = flops_per_token(
+            trained=count.trained_products,
+            frozen=count.frozen_products,
+            layers=model.config.layers,
+            heads=model.config.heads,
+            head_dim=model.config.head_width,
+            context=prompt + together * answer,
+        )
+        return (prompt / together + answer) * each
+
+    return most if asked else min((n for n in range(1, most + 1) if most % n == 0), key=flops)
 
 
 def validation_prompts(config: ConfigDict, model: Model) -> Prompts | None:
@@ -191,24 +226,27 @@ def valuer(config: ConfigDict, names: Sequence[str]) -> Callable[[Rewards, np.nd
 
 
 def old_logprobs(
-    config: ConfigDict, model: Model, mesh: Mesh, longest: int
+    config: ConfigDict, model: Model, mesh: Mesh, longest: int, *, shared: bool
 ) -> Callable[[TrainState, Any, HostBatch], np.ndarray]:
     """A function (state, frozen, batch) → log-probabilities of its targets [M, B, L] as training computes them."""
-    score = policy_logprobs(scorer_of(config, model, compute_of(config, model, longest_document=longest)))
+    compute = compute_of(config, model, longest_document=longest)
+    score = policy_logprobs(scorer_of(config, model, compute, shared=shared))
     return _of_each(score, model, mesh)
 
 
-def kl_penalty(config: ConfigDict, model: Model, mesh: Mesh, longest: int) -> KlPenalty | None:
+def kl_penalty(config: ConfigDict, model: Model, mesh: Mesh, longest: int, *, together: int) -> KlPenalty | None:
     """What lowers rewards by the divergence from the reference, if anything does: verl's `use_kl_in_reward`."""
     if config.training.trainer_type != "VERL_GRPO" or not verl.settings(config).use_kl_in_reward:
         return None
     says = verl.settings(config)
-    scorer = scorer_of(config, model, compute_of(config, model, longest_document=longest))
+    compute = compute_of(config, model, longest_document=longest)
+    scorer = scorer_of(config, model, compute, shared=together > 1)
     policy, reference = policy_logprobs(scorer), reference_logprobs(scorer)
 
     def measure(params: Any, frozen: Frozen, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logprobs = policy(params, frozen, micro), reference(frozen, micro)
-        return divergences(*logprobs, micro["weights"], kind=says.kl_penalty)
+        found = policy(params, frozen, micro), reference(frozen, micro), micro["weights"]
+        old, other, weights = (by_answer(values, micro, together) for values in found)
+        return divergences(old, other, weights, kind=says.kl_penalty)
 
     return KlPenalty(
         _of_each(measure, model, mesh),
@@ -234,7 +272,8 @@ def _of_each(
     )
 
     def run(state: TrainState, frozen: Frozen, host: Mapping[str, np.ndarray]) -> Any:
-        needed = {name: host[name] for name in ("tokens", "targets", "weights", "segments", "positions")}
+        read = ("tokens", "targets", "weights", "segments", "positions", "branches")
+        needed = {name: host[name] for name in read if name in host}
         with jax.set_mesh(mesh):
             return jax.tree.map(np.asarray, jitted(state.params, frozen, device_batch(needed, mesh)))
 
@@ -266,15 +305,15 @@ def of_own_answers(
     }
 
 
-def policy_loss_of(config: ConfigDict, model: Model, compute: Compute) -> Loss:
-    """The loss of TRL_GRPO or VERL_GRPO."""
+def policy_loss_of(config: ConfigDict, model: Model, compute: Compute, *, together: int) -> Loss:
+    """The loss of TRL_GRPO or VERL_GRPO on rows of so many answers."""
     how = _of_verl(config) if config.training.trainer_type == "VERL_GRPO" else _of_trl(config)
-    return grpo_loss(scorer_of(config, model, compute), how)
+    return grpo_loss(scorer_of(config, model, compute, shared=together > 1), how, together=together)
 
 
-def scorer_of(config: ConfigDict, model: Model, compute: Compute) -> Scorer:
-    """How answers are scored: at the temperature they are drawn at."""
-    return Scorer(model.config, compute, shared=False, temperature=derived.drawing(config).temperature)
+def scorer_of(config: ConfigDict, model: Model, compute: Compute, *, shared: bool) -> Scorer:
+    """How answers are scored: at the temperature they are drawn at; `shared`: several behind one prompt."""
+    return Scorer(model.config, compute, shared=shared, temperature=derived.drawing(config).temperature)
 
 
 def _of_trl(config: ConfigDict) -> GroupPolicy:

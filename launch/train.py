@@ -92,7 +92,7 @@ def _train(
     asks = training.trainer_type in GRPO
     validation = validation_data(config, model, mesh) if training.eval_strategy != "no" and not asks else None
     learning_rate = learning_rate_of(config, mesh, plan.steps)
-    method = method_of(config, model, longest_document=longest_document(feed, validation))
+    method = method_of(config, model, longest_document=longest_document(feed, validation), together=feed.together)
     step = step_of(config, model, mesh, learning_rate, method)
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
     if resumed is None:

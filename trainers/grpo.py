@@ -1,7 +1,7 @@
 """Learning from the policy's own answers, better ones from worse: group-relative policy optimisation and its family.
 
-B rows, each a prompt and one answer, L positions. What an answer's tokens cost is in `policy_losses.py` and
-`policy_verl.py`; here a batch becomes `Answers`.
+B rows, each a prompt with an answer or with several (`branches` tells them apart), L positions. What an answer's tokens
+cost is in `policy_losses.py` and `policy_verl.py`; here a batch becomes `Answers`, a row for each.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from trainers.losses import Sum
 from trainers.policy_losses import Answers, GroupPolicy, group_policy_loss
 from trainers.policy_verl import VerlPolicy, kl_estimate, verl_policy_loss
 from trainers.reference import Frozen, reference_params
-from trainers.scoring import Scorer
+from trainers.scoring import Scorer, by_answer
 from trainers.step import Batch, Loss, Params, Sums
 
 
-def grpo_loss(scorer: Scorer, how: GroupPolicy | VerlPolicy) -> Loss:
-    """The loss of a microbatch [B, L] as a `Sum`, and the metrics of TRL or of verl, as `how` is.
+def grpo_loss(scorer: Scorer, how: GroupPolicy | VerlPolicy, *, together: int = 1) -> Loss:
+    """The loss of a microbatch [B, L] as a `Sum`, and the metrics of TRL or of verl, as `how` is; every row has
+    `together` answers.
 
     Beside the usual keys a batch has float32 [B, L] at its answers' predictions: `advantages`, `sampled_logprobs`
     (the sampler's), `old_logprobs` where the policy is not the one that answered any more, and `reference` where that
@@ -38,7 +39,7 @@ def grpo_loss(scorer: Scorer, how: GroupPolicy | VerlPolicy) -> Loss:
             entropy_gradient=how.entropy_gradient,
         )
         reference = scorer.reference(frozen, batch) if how.has_reference else None
-        answers = answers_of(found, batch, reference)
+        answers = answers_of(found, batch, reference, together=together)
         if isinstance(how, GroupPolicy):
             total, metrics = group_policy_loss(answers, how)
         else:
@@ -53,12 +54,12 @@ def grpo_loss(scorer: Scorer, how: GroupPolicy | VerlPolicy) -> Loss:
     return loss
 
 
-def answers_of(found: dict[str, jax.Array], batch: Batch, reference: jax.Array | None) -> Answers:
+def answers_of(found: dict[str, jax.Array], batch: Batch, reference: jax.Array | None, *, together: int = 1) -> Answers:
     """A batch's answers; what has no weight is 0 everywhere, whatever the batch says there."""
     has = batch["weights"] > 0
 
     def only(values: jax.Array) -> jax.Array:
-        return jnp.where(has, values, 0.0)
+        return by_answer(jnp.where(has, values, 0.0), batch, together)
 
     logprob = only(found["logprob"])
     return Answers(
@@ -67,8 +68,8 @@ def answers_of(found: dict[str, jax.Array], batch: Batch, reference: jax.Array |
         sampled=only(batch["sampled_logprobs"]),
         advantages=only(batch["advantages"]),
         entropy=only(found["entropy"]),
-        weights=has.astype(jnp.float32),
-        live=(batch["segments"] > 0).any(axis=1).astype(jnp.float32),
+        weights=only(jnp.ones_like(batch["weights"])),
+        live=(by_answer(batch["segments"], batch, together) > 0).any(axis=1).astype(jnp.float32),
         reference=None if reference is None else only(reference),
     )
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from input_pipeline.batches import State, same_data
-from input_pipeline.collate import Line, bucket_length, collate, shift
+from input_pipeline.collate import Line, bucket_length, collate
+from input_pipeline.pairs import Answer, answers_line
 from input_pipeline.prompts import PromptBatches, PromptRow, Prompts
 from models.generate import Generated
 from trainers.advantages import Valued
@@ -50,13 +51,14 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How answers become batches: `group` answers to each prompt, in microbatches of `rows` answers of at most
-    `max_length` tokens with their prompt; a generation is learned from in `updates` optimizer steps of `accumulation`
-    microbatches each, round and round. With `mask_truncated`, answers that were cut off teach nothing. `seed` is of
-    the order in which answers are learned from, where there is more than one update.
+    """How answers become batches: `group` answers to each prompt, `together` of them in a row of at most `max_length`
+    tokens, behind their prompt, and `rows` of these in a microbatch; a generation is learned from in `updates`
+    optimizer steps of `accumulation` microbatches each, round and round. With `mask_truncated`, answers that were cut
+    off teach nothing. `seed` is of the order in which rows are learned from, where there is more than one update.
     """
 
     group: int
+    together: int
     rows: int
     accumulation: int
     updates: int
@@ -178,7 +180,8 @@ class Rollouts:
 
     def _data(self) -> dict[str, Any]:
         shape = self._shape
-        own = {"rows_per_step": shape.rows * shape.accumulation, **dataclasses.asdict(shape)}
+        answers = shape.rows * shape.together * shape.accumulation
+        own = {"rows_per_step": answers, **dataclasses.asdict(shape)}
         return {**self._prompts.get_state()["data"], **own}
 
     def _generate(self, state: TrainState, frozen: Any) -> None:
@@ -187,7 +190,7 @@ class Rollouts:
         clock.lap("update")
         failures = self._means.judge.failures
         groups, logged = self._answered(state, frozen, clock)
-        lines = [line for group in groups for line in lines_of(group, mask_truncated=self._shape.mask_truncated)]
+        lines = self._lines(groups, mask_truncated=self._shape.mask_truncated)
         if self._shape.updates > 1:
             order = np.random.default_rng([self._shape.seed, self._generation]).permutation(len(lines))
             lines = [lines[i] for i in order]
@@ -252,7 +255,7 @@ class Rollouts:
             groups.append(Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], np.zeros(group)))
         penalties, logged = None, dict[str, float]()
         if policy is not None and self._means.penalty is not None:
-            batch, _ = self._batched([line for one in groups for line in lines_of(one, mask_truncated=False)])
+            batch, _ = self._batched(self._lines(groups, mask_truncated=False))
             penalties, logged = self._means.penalty(*policy, batch)
         lengths = np.array([len(answer.ids) for answer in answers])
         valued = self._means.value(rewards, lengths, group, penalties)
@@ -260,8 +263,12 @@ class Rollouts:
         groups = [one._replace(advantages=own) for one, own in zip(groups, worth, strict=True)]
         return groups, valued._replace(logged=valued.logged | logged)
 
+    def _lines(self, groups: Sequence[Answered], *, mask_truncated: bool) -> list[Line]:
+        together = self._shape.together
+        return [line for one in groups for line in lines_of(one, mask_truncated=mask_truncated, together=together)]
+
     def _batched(self, lines: list[Line]) -> tuple[HostBatch, list[list[int]]]:
-        """The answers [M, B, L], and which prompts each microbatch has."""
+        """The rows [M, B, L], and which prompts each microbatch has."""
         shape = self._shape
         length = bucket_length(max(len(line.columns) for line in lines), shape.max_length)
         count, left = divmod(len(lines), shape.rows)
@@ -278,21 +285,24 @@ def completion_of(row: PromptRow, text: str) -> Any:
     return text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def lines_of(group: Answered, *, mask_truncated: bool) -> list[Line]:
-    """A row of a batch for each answer: its prompt, then itself, with `advantages` and `sampled_logprobs` at its
-    predictions. An answer that was cut off has no weight if it is to be masked, and is a row all the same.
+def lines_of(group: Answered, *, mask_truncated: bool, together: int = 1) -> list[Line]:
+    """Rows of a batch, with `advantages` and `sampled_logprobs` at the predictions of answers: for each answer its
+    prompt, then itself; or, `together`, the prompt once and so many answers as branches (`input_pipeline/pairs.py`).
+    An answer that was cut off has no weight if it is to be masked, and stands there all the same.
     """
+    prompt = np.array(group.row.ids, np.int32)
     lines = []
-    for answer, advantage in zip(group.answers, group.advantages, strict=True):
-        ids = np.array([*group.row.ids, *answer.ids], np.int32)
-        own = np.zeros(len(ids), bool)
-        own[len(group.row.ids) :] = True
-        at = np.append(own[1:], False)
-        more = {name: np.zeros(len(ids), np.float32) for name in ("advantages", "sampled_logprobs")}
-        more["advantages"][at], more["sampled_logprobs"][at] = advantage, answer.logprobs
-        columns = shift(ids, own & (not mask_truncated or answer.finish == "stop"))
-        segments, positions = np.ones(len(ids), np.int32), np.arange(len(ids), dtype=np.int32)
-        lines.append(Line(columns, segments, positions, (group.row.row,), more))
+    for first in range(0, len(group.answers), together):
+        some = slice(first, first + together)
+        answers = [Answer(np.array(each.ids, np.int32), n) for n, each in enumerate(group.answers[some], start=1)]
+        line = answers_line(prompt, answers, row=group.row.row, shared=together > 1)
+        lengths, predictions = [len(answer.ids) for answer in answers], line.columns[:, 2] > 0
+        more = {name: np.zeros(len(line.columns), np.float32) for name in ("advantages", "sampled_logprobs")}
+        more["advantages"][predictions] = np.repeat(group.advantages[some], lengths)
+        more["sampled_logprobs"][predictions] = np.concatenate([each.logprobs for each in group.answers[some]])
+        learned = [not mask_truncated or each.finish == "stop" for each in group.answers[some]]
+        line.columns[predictions, 2] = np.repeat(learned, lengths)
+        lines.append(line._replace(more=more | ({"branches": line.more["branches"]} if together > 1 else {})))
     return lines
 
 

@@ -87,6 +87,17 @@ def branch(batch: Batch, number: int) -> jax.Array:
     return jnp.where(batch["branches"] == number, batch["weights"], 0.0)
 
 
+def by_answer(values_BL: jax.Array, batch: Batch, together: int) -> jax.Array:
+    """Values [B, L] of rows that have so many answers each, as a row for each answer [B * together, L], 0 wherever
+    others stand; as they are where rows have one.
+    """
+    if together == 1:
+        return values_BL
+    numbers_K = jnp.arange(1, together + 1, dtype=batch["branches"].dtype)
+    own_BKL = batch["branches"][:, None, :] == numbers_K[None, :, None]
+    return jnp.where(own_BKL, values_BL[:, None, :], 0).reshape(-1, values_BL.shape[1])
+
+
 def prompt_and_answer(batch: Batch, number: int) -> jax.Array:
     """1.0 for every prediction [B, L] of a prompt and its answer of this number."""
     own_BL = (batch["segments"] > 0) & ((batch["branches"] == 0) | (batch["branches"] == number))

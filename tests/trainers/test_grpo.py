@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from input_pipeline.collate import collate
+from input_pipeline.prompts import PromptRow
 from models.config import Compute
+from models.generate import Generated
 from models.sharding import make_mesh
 from tests.trainers.test_dpo import weights as parameters
 from tests.trainers.test_step import CONFIG, MESHES
@@ -19,6 +22,7 @@ from trainers.loop import device_batch
 from trainers.policy_losses import GroupPolicy
 from trainers.policy_verl import VerlPolicy
 from trainers.reference import Frozen
+from trainers.rollout import Answered, lines_of
 from trainers.scoring import Scorer
 from trainers.step import Step, TrainState, build_step
 
@@ -109,6 +113,52 @@ def test_what_is_logged_is_the_same_on_many_devices_in_two_microbatches():
         found.append({name: float(each.mean()) for name, each in sums.items() if name not in of_calls})
     assert found[0].keys() >= {"loss", "kl", "entropy", "clip_ratio/low_mean", "sampling/sampling_logp_difference/mean"}
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-7)
+
+
+def groups(count: int, answers: int) -> list[Answered]:
+    """Groups of answers of uneven lengths, some of them cut off."""
+    random = np.random.default_rng(4)
+    found = []
+    for number in range(count):
+        prompt = tuple(map(int, random.integers(1, CONFIG.vocabulary, random.integers(1, 9))))
+        made = []
+        for _ in range(answers):
+            ids = list(map(int, random.integers(1, CONFIG.vocabulary, random.integers(1, 7))))
+            logprobs = random.normal(-4.5, 0.2, len(ids)).astype(np.float32)
+            made.append(Generated(ids, str(random.choice(["stop", "length"])), ids, logprobs, None))
+        row = PromptRow(prompt, "", {}, number, "")
+        found.append(Answered(row, tuple(made), ("",) * answers, np.zeros((answers, 1)), random.normal(size=answers)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        DAPO,
+        GroupPolicy(loss_type="grpo", importance_sampling_level="sequence"),
+        VerlPolicy(use_kl_loss=True, entropy_coeff=0.01),
+    ],
+    ids=["dapo", "gspo", "verl"],
+)
+def test_answers_behind_one_copy_of_their_prompt_teach_what_they_teach_each_behind_its_own(how):
+    def run(together: int) -> Any:
+        lines = [line for one in groups(3, 4) for line in lines_of(one, mask_truncated=True, together=together)]
+        length = max(len(line.columns) for line in lines)
+        host = collate(lines, accumulation=1, rows=len(lines) + 1, length=length)  # one row only fills the batch
+        loss = grpo_loss(SCORER._replace(shared=together > 1), how, together=together)
+        frozen = Frozen(None, parameters(1))
+
+        def objective(params: Any) -> Any:
+            total, metrics = loss(params, frozen, first(host))
+            return total.mean(), {name: each.mean() for name, each in metrics.items()}
+
+        return jax.jit(jax.value_and_grad(objective, has_aux=True))(parameters(0))
+
+    (alone, metrics), gradients = run(1)
+    (shared, same), others = run(2)
+    assert float(shared) == pytest.approx(float(alone), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, same)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradients, others)
 
 
 def first(host: Host) -> dict[str, jax.Array]:

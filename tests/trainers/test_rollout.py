@@ -41,6 +41,17 @@ def test_an_answer_stands_behind_its_prompt_and_is_weighed_where_it_is_predicted
     assert second.columns.tolist() == [[5, 6, 0], [6, 7, 0], [7, 9, 1], [9, 0, 0]]
 
 
+def test_answers_may_share_one_prompt_but_for_its_last_token_which_predicts_the_first_of_each():
+    answers = generated([8, 2]), generated([9], finish="length", logprob=-2.0)
+    (line,) = lines_of(group(*answers, advantages=[1.5, -1.5]), mask_truncated=True, together=2)
+    assert line.columns[:, 0].tolist() == [5, 6, 7, 8, 2, 7, 9]
+    assert line.columns[:, 2].tolist() == [0, 0, 1, 1, 0, 0, 0]  # the second was cut off
+    assert line.positions.tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert line.more["branches"].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert line.more["advantages"].tolist() == [0, 0, 1.5, 1.5, 0, -1.5, 0]
+    assert line.more["sampled_logprobs"].tolist() == [0, 0, -0.5, -0.5, 0, -2, 0]
+
+
 def test_a_masked_answer_that_was_cut_off_keeps_its_row_and_has_no_weight():
     whole, cut = lines_of(
         group(generated([8, 2]), generated([9, 9], finish="length"), advantages=[1.0, -1.0]), mask_truncated=True
@@ -129,7 +140,9 @@ def rollouts(
         penalty=penalty,
         attempts=attempts,
     )
-    shape = Shape(group=3, rows=2, accumulation=1, updates=updates, max_length=64, mask_truncated=False, seed=7)
+    shape = Shape(
+        group=3, together=1, rows=2, accumulation=1, updates=updates, max_length=64, mask_truncated=False, seed=7
+    )
     return Rollouts(PromptBatches(prompts, size=2, seed=3), means, shape)
 
 
