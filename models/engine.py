@@ -27,6 +27,7 @@ from models.slots import NONE, Placement, Prefilled, Rows
 
 BUCKET = 64  # prompts and caches are padded to multiples of this at least, so that few shapes are compiled
 FEWEST_PLACES = 256  # of a slot; from there on they double, while answers grow
+AHEAD = 16  # prompts that are prefilled together, if there are so many
 STOPS = 8  # stop ids are padded to a multiple of this
 
 
@@ -154,12 +155,19 @@ class _Engine:
         self.shelf = {prompt: place for prompt, place in self.shelf.items() if self.wanted[prompt]}
 
     def _prefill(self, prompts: Collection[tuple[int, ...]]) -> None:
-        """Prompts that are not on the shelf yet, those of like lengths together."""
+        """Prompts that are not on the shelf yet, those of like lengths together; where they are few, with those that
+        come next, since few are computed no faster than some.
+        """
+        missing = set(prompts) - set(self.shelf)
+        for index in self.waiting if missing else ():
+            if len(missing) >= AHEAD:
+                break
+            missing |= {self.requests[index].prompt} - set(self.shelf)
         new: dict[int, list[tuple[int, ...]]] = {}
-        for prompt in sorted(set(prompts) - set(self.shelf)):
+        for prompt in sorted(missing):
             new.setdefault(_bucket(len(prompt)), []).append(prompt)
-        for length, some in new.items():
-            tokens_UL = np.full((1 << (len(some) - 1).bit_length(), length), NONE, np.int32)
+        for length, some in ((length, part) for length, alike in new.items() for part in _powers_of_two(alike)):
+            tokens_UL = np.full((len(some), length), NONE, np.int32)
             for row, prompt in enumerate(some):
                 tokens_UL[row, : len(prompt)] = prompt
             with self._on_mesh():
@@ -169,12 +177,12 @@ class _Engine:
             self.shelf |= {prompt: (batch, row) for row, prompt in enumerate(some)}
 
     def _placement(self, mine: dict[int, int]) -> Placement:
-        """Where these requests go, padded to all slots."""
+        """Where these requests go; more than one are padded to all slots, so that two shapes are compiled."""
         rows = [
             (self.shelf[(request := self.requests[index]).prompt][1], slot, request.number, request.longest)
             for slot, index in mine.items()
         ]
-        rows += [(0, self.slots, 0, 0)] * (self.slots - len(rows))
+        rows += [(0, self.slots, 0, 0)] * (self.slots - len(rows) if len(rows) > 1 else 0)
         return Placement(*np.array(rows, np.int32).T)
 
     def _grow(self, taken: dict[int, int]) -> None:
@@ -213,6 +221,7 @@ class _Engine:
                 compute=self.compute,
                 sampling=self.settings.sampling,
                 steps=self.settings.block,
+                until_free=bool(self.waiting) and jax.default_backend() == "cpu",
             )
         block = _host(drawn)
         for slot in list(self.owner):
@@ -238,6 +247,14 @@ class _Engine:
         if answer.finish:
             del self.owner[slot]
         return index, answer
+
+
+def _powers_of_two(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Items in parts of 2^k, the largest first: few shapes to compile, and no row for nothing."""
+    while items:
+        size = 1 << (len(items).bit_length() - 1)
+        yield items[:size]
+        items = items[size:]
 
 
 def _bucket(length: int) -> int:

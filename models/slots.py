@@ -137,11 +137,15 @@ def decode(
     compute: Compute,
     sampling: Sampling,
     steps: int,
+    until_free: bool,
 ) -> tuple[Rows, Drawn]:
-    """Up to so many steps of all slots, fewer where all have ended; what was drawn [steps, S], NONE where nothing."""
+    """Up to so many steps of all slots, fewer where all have ended, or with `until_free` where one has; what was drawn
+    [steps, S], NONE where nothing.
+    """
 
     def going(state: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
-        return (state[0] < steps) & (state[1].left_S > 0).any()
+        live_S = state[1].left_S > 0
+        return (state[0] < steps) & live_S.any() & ~(until_free & (open_S & ~live_S).any())
 
     def one(state: tuple[jax.Array, Rows, Drawn]) -> tuple[jax.Array, Rows, Drawn]:
         step, rows, block = state
