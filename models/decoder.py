@@ -2,37 +2,24 @@
 
 B rows, L tokens, D width, K key heads, H head width, V vocabulary, n layers, S places of a row in the cache.
 
-The layer is a Flax NNX module (models/layers.py), built once without arrays and split; from there on parameters are a
-plain nested dict whose layers are stacked on a leading axis. `jax.lax.scan` runs them, a period of unlike layers at a
-time, and merges each layer into its module at trace time, so that compile time does not grow with depth.
+Parameters are a plain nested dict whose layers are stacked on a leading axis; models/stack.py runs them.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from models.attention import Where
 from models.config import Compute, DecoderConfig, Layer
-from models.layers import NORMS, Block, Cache, LayerCache, Road, normed
+from models.layers import NORMS, Cache, Road, normed
 from models.linear import TURNED, turned_product
 from models.moe import RouterStats
-from models.quantized import SCALE, VALUES
 from models.rope import document_lengths
-from models.sharding import ROWS, constrain, paths
+from models.sharding import ROWS, constrain
+from models.stack import Params, block_of, cast, periods, scan
 
-__all__ = ["Cache", "Compute", "DecoderConfig", "Layer"]  # for those who read only this file
-Params = dict[str, Any]
-
-# What `jax.checkpoint` keeps of each layer for the backward pass; the rest is computed again.
-REMAT: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-LONGEST_PERIOD = 8  # layers in one scan step, where layers are unlike
+__all__ = ["Cache", "Compute", "DecoderConfig", "Layer", "Params"]  # for those who read only this file
 
 
 class Head(NamedTuple):
@@ -57,33 +44,6 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
-@functools.cache
-def _block(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> tuple[nnx.GraphDef, Any]:
-    """The graph of one layer and its abstract parameters; `added` are leaves by path that only an adapter has, or what
-    stands in a kernel's place.
-    """
-
-    def build() -> Block:
-        block = Block(config)
-        for path, shape in added:
-            *modules, leaf = path.split("/")
-            module: Any = functools.reduce(getattr, modules, block)
-            setattr(module, leaf, nnx.Param(jnp.zeros(shape)))
-            if leaf in (VALUES, TURNED):
-                del module.kernel
-        return block
-
-    graph, state = nnx.split(nnx.eval_shape(build))
-    return graph, nnx.to_pure_dict(state)
-
-
-def _graph(config: DecoderConfig, layers: Params) -> nnx.GraphDef:
-    """The graph of one layer with the leaves that these have."""
-    known = paths(_block(config)[1])
-    added = [(path, leaf.shape[1:]) for path, leaf in sorted(paths(layers).items()) if path not in known]
-    return _block(config, tuple(added))[0]
-
-
 def abstract_params(config: DecoderConfig, *, dtype: Any) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: every leaf's path and shape, and the given dtype."""
     D, V = config.width, config.vocabulary
@@ -93,7 +53,7 @@ def abstract_params(config: DecoderConfig, *, dtype: Any) -> Params:
 
     params: Params = {
         "embed": {"embedding": leaf(V, D)},
-        "layers": jax.tree.map(lambda one: leaf(config.layers, *one.shape), _block(config)[1]),
+        "layers": jax.tree.map(lambda one: leaf(config.layers, *one.shape), block_of(config)[1]),
         "norm": {"scale": leaf(D)} | ({"bias": leaf(D)} if config.norm_bias else {}),
     }
     if config.learned_positions:
@@ -242,13 +202,13 @@ def _run(
         assert isinstance(cache, list)
         cache = list(cache)
         for number, layer in enumerate(config.each):
-            x_BLD, cache[number], stats = _scan(
+            x_BLD, cache[number], stats = scan(
                 layers[number], x_BLD, cache[number], 0, 1, (layer,), config, compute, road
             )
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     else:
         for first, repeats, period in periods(config.each):
-            x_BLD, cache, stats = _scan(layers, x_BLD, cache, first, repeats, period, config, compute, road)
+            x_BLD, cache, stats = scan(layers, x_BLD, cache, first, repeats, period, config, compute, road)
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     x_BLD = normed(x_BLD, params["norm"]["scale"], params["norm"].get("bias"), config)
     return x_BLD if config.logit_scale == 1.0 else x_BLD * config.logit_scale, cache, total
@@ -262,16 +222,6 @@ def _reach(where: Where, longest_document: int | None) -> int | None:
     return None if where.k_positions_BS.shape[1] != L else longest_document or L
 
 
-def cast(params: Any, dtype: Any) -> Any:
-    """Leaves in the dtype of the activations; a quantised kernel stays, and so do the keys of an adapter's dropout."""
-
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        stays = path[-1].key in (VALUES, SCALE) or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf if stays else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
 def _embedded(
     params: Params, config: DecoderConfig, tokens_BL: jax.Array, positions_BL: jax.Array, dtype: Any
 ) -> jax.Array:
@@ -283,78 +233,6 @@ def _embedded(
     if config.learned_positions:
         x_BLD = x_BLD + params["positions"]["embedding"][positions_BL].astype(dtype)
     return constrain(x_BLD, ROWS, "context", None)
-
-
-def periods(each: Sequence[Layer]) -> Iterator[tuple[int, int, tuple[Layer, ...]]]:
-    """Layers as few scans: (first layer, how often, which layers in a row); for five local layers and a global one, ten
-    times over, one scan of 10 steps.
-
-    Where no short period fits, like neighbours are scanned together.
-    """
-    n = len(each)
-    for p in range(1, min(LONGEST_PERIOD, n) + 1):
-        if all(each[i] == each[i % p] for i in range(n)) and n >= 2 * p - 1:
-            yield 0, n // p, tuple(each[:p])
-            if n % p:
-                yield n - n % p, 1, tuple(each[: n % p])
-            return
-    first = 0
-    while first < n:
-        last = first
-        while last < n and each[last] == each[first]:
-            last += 1
-        yield first, last - first, (each[first],)
-        first = last
-
-
-def _scan(
-    layers: Params,
-    x_BLD: jax.Array,
-    cache: Cache | None,
-    first: int,
-    repeats: int,
-    period: tuple[Layer, ...],
-    config: DecoderConfig,
-    compute: Compute,
-    road: Road,
-) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-    """`repeats` times the layers of a period, from layer `first` on."""
-    graph, count = _graph(config, layers), repeats * len(period)
-
-    def grouped(leaf: jax.Array) -> jax.Array:
-        some = leaf if count == leaf.shape[0] else leaf[first : first + count]
-        # Between a loop over tokens and this one, XLA copies what is reshaped, in every turn.
-        return some if len(period) == 1 else some.reshape(repeats, len(period), *leaf.shape[1:])
-
-    def single(leaf: jax.Array) -> Sequence[jax.Array]:
-        return [leaf] if len(period) == 1 else jnp.unstack(leaf)
-
-    def run(layer: Layer, weights: Params, x_BLD: jax.Array, slot: LayerCache | None):
-        return nnx.merge(graph, weights)(x_BLD, road, layer, slot)
-
-    if compute.remat != "none":
-        run = jax.checkpoint(  # inside a scan of single layers XLA cannot undo it; between neighbours it could
-            run, policy=REMAT[compute.remat], prevent_cse=len(period) > 1 or repeats == 1, static_argnums=0
-        )
-
-    def body(carry: tuple[jax.Array, Cache | None], group: tuple[Params, jax.Array]) -> tuple[Any, Any]:
-        x_BLD, cache = carry
-        weights, numbers = group
-        leaves, structure = jax.tree.flatten(weights)
-        total = None
-        each = zip(*map(single, leaves), strict=True)
-        for layer, number, one in zip(period, single(numbers), each, strict=True):
-            slot = None if cache is None else LayerCache(cache, number)
-            x_BLD, slot, stats = run(layer, jax.tree.unflatten(structure, one), x_BLD, slot)
-            cache = None if slot is None else slot.cache
-            total = stats if total is None else jax.tree.map(jnp.add, total, stats)
-        return (x_BLD, cache), total
-
-    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
-    unroll = max(1, min(compute.scan_unroll // len(period), repeats))
-    groups = jax.tree.map(grouped, (layers, numbers))
-    (x_BLD, cache), stats = jax.lax.scan(body, (x_BLD, cache), groups, unroll=unroll)
-    return x_BLD, cache, jax.tree.map(lambda leaf: leaf.sum(axis=0), stats)
 
 
 def _stable_hash(name: str) -> int:
