@@ -30,7 +30,7 @@ ATTENTION_NAMES = {
     **dict.fromkeys(("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"), "auto"),
     **dict.fromkeys(("eager",), "xla"),
 }
-COLLATORS_LATER = ("vision_language_with_padding", "vision_language_sft")
+WITH_PICTURES = ("vision_language_with_padding", "vision_language_sft")
 OPTIMIZERS = (
     *("adamw_torch", "adamw", "adam", "sgd", "adafactor", "lion"),
     *("adamw_torch_fused", "adamw_torch_xla", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit"),
@@ -65,7 +65,8 @@ MODEL: Table = {
     "model_kwargs": Key({}, dict, "fields of the model's config.json to change"),
     "adapter_model": Key(None, str, "folder of a LoRA adapter to start from"),
     "freeze_layers": Key([], list, "parts of the model that stay as they are, such as model.embed_tokens"),
-    "processor_kwargs": later({}, dict, "further arguments of the image processor"),
+    "processor_name": Key(None, str, "hub name, or folder, with the image processor's settings; null: the model's"),
+    "processor_kwargs": Key({}, dict, "settings of the image processor to change"),
     **accepted.MODEL,
 }
 
@@ -91,9 +92,8 @@ SPLIT: Table = {
     "datasets": Items(DATASET),
     "collator_name": Key(
         None,
-        ("text_with_padding", "text_completions_only_with_padding", "dpo_with_padding", *COLLATORS_LATER),
+        ("text_with_padding", "text_completions_only_with_padding", "dpo_with_padding", *WITH_PICTURES),
         "which tokens are trained: all (also null), or completions only; dpo_with_padding: answers, as TRL_DPO has it",
-        later=COLLATORS_LATER,
     ),
     "collator_kwargs": Key({}, dict, "options of the collator, such as response_template"),
     "train_target": Key(
@@ -111,6 +111,11 @@ SPLIT: Table = {
     "max_bad_row_fraction": Key(
         0.1, float, "ours: with on_bad_row skip, more bad rows than this share end the run", low=0, high=1
     ),
+    "image_root": Key(None, str, "ours: folder below which pictures of rows are; null: that of the rows' file"),
+    "allow_remote_images": Key(False, bool, "ours: fetch pictures of rows from public https addresses"),
+    "max_image_pixels": Key(50_000_000, int, "ours: the largest picture of a row", low=1),
+    "max_image_bytes": Key(20_000_000, int, "ours: the largest file of a picture", low=1),
+    "max_images_per_row": Key(16, int, "ours: the most pictures of a row", low=1),
     "stream": Key(False, bool, "read rows as they come; without training.max_steps, those on disk are counted first"),
     "mixture_strategy": Key(
         "first_exhausted", ("first_exhausted", "all_exhausted"), "a mixture ends when one dataset has, or when all have"

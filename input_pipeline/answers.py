@@ -83,6 +83,12 @@ def encode_answers(
     return encoded
 
 
+def answers_in(tokens: Tokens) -> int:
+    """How many answers, each with its prompt before it, the tokens of a row hold."""
+    answered = tokens.trained != 0
+    return int(np.count_nonzero(answered[1:] & ~answered[:-1]))
+
+
 def _of_strings(prompt: str, answers: Sequence[Side], marks: tuple[int, ...], template: Template) -> Asked:
     eos = template.tokenizer.eos_token
     if eos is None:

@@ -17,12 +17,6 @@ from input_pipeline.records import Shard
 from input_pipeline.shards import open_shards
 from input_pipeline.sources import Rows, open_rows, read, stored
 
-LATER = {
-    "vl_sft": "vision-language data",
-    "vl_sft_jsonl": "vision-language data",
-    "vision_language_jsonl": "vision-language data",
-    "vision_dpo_jsonl": "vision-language data",
-}
 _NAMES_PLACE = ("hf_dataset_path", "dataset_name_override")  # dataset_kwargs that name the dataset to load
 
 
@@ -145,8 +139,6 @@ def _drawn(entry: Entry, listed: Known) -> dict[str, Any]:
 def _place(entry: Entry, listed: Known) -> tuple[str | None, str | None]:
     """The name that rows are loaded by, and the path that they are read from instead."""
     name, path = entry.dataset_name, os.fspath(entry.dataset_path) if entry.dataset_path else None
-    if (name or "").lower() in LATER:
-        raise NotImplementedError(f"not implemented yet: dataset_name {name!r} ({LATER[(name or '').lower()]})")
     if listed.from_file:
         if not path:
             raise ValueError(f"dataset_name {name!r} reads rows from a file: set dataset_path")

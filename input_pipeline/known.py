@@ -63,6 +63,10 @@ KNOWN = {
     "text_sft_jsonl": _FILE,
     "text": Known("text", from_file=True),
     "preference_pairs_jsonl": Known("preference", from_file=True),
+    "vl_sft": _FILE,
+    "vl_sft_jsonl": _FILE,
+    "vision_language_jsonl": _FILE,
+    "vision_dpo_jsonl": Known("preference", from_file=True),
     # any dataset, its columns named in dataset_kwargs
     "HuggingFaceDataset": _CHAT._replace(of_any=True),
     "PromptResponseDataset": _answers("instruction", "output")._replace(of_any=True),

@@ -15,11 +15,12 @@ import numpy as np
 
 from input_pipeline.catalog import Stream
 from input_pipeline.collate import Line, line_of, shift
+from input_pipeline.counts import Counts
 from input_pipeline.encode import Tokens
 from input_pipeline.order import permutation
 from input_pipeline.packing import cut, join, plan
 from input_pipeline.records import Record, Shard
-from input_pipeline.store import Counts, Encoder, Row
+from input_pipeline.store import Encoder, Row
 
 State = dict[str, Any]  # JSON
 _MANY = 8  # from so many shards a lane on, lanes share whole shards: their shares differ by an eighth at most

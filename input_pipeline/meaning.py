@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from input_pipeline import formats
+from input_pipeline.content import with_column
 from input_pipeline.examples import Example, RowError
 from input_pipeline.known import Known, known
 from input_pipeline.reshape import Reshape, reshape
@@ -32,6 +33,7 @@ _COLUMNS = {  # key → the field whose column it names, by format; it means the
     "rejected_column": {"preference": "rejected"},
     "label_column": {"kto": "label"},
 }
+_IMAGE_COLUMN = ("image_column", "images_column")
 _TEXT_FIELD = ("text_col", "text_column", "dataset_text_field")
 _ROW_LENGTH = "rows are as long as model.model_max_length says"
 _NO_EFFECT = {
@@ -54,6 +56,9 @@ KEYS = (
     "response_template",
     "instruction_template",
     "include_system_prompt",
+    "image_root",
+    "processor_name",
+    *_IMAGE_COLUMN,
     _LEAVES_OUT_ANSWERS,
     *_NO_EFFECT,
 )
@@ -74,7 +79,9 @@ class Meaning:
         """A row understood, or None where the transform leaves it out; RowError begins with what `where` answers."""
         try:
             shaped = self.reshape(row)
-            return None if shaped is None else formats.load(self.format).parse(shaped, **self.format_kwargs)
+            if shaped is None:
+                return None
+            return with_column(formats.load(self.format).parse(shaped, **self.format_kwargs), shaped)
         except RowError as error:
             raise error.at(where()) from error.__cause__
 
@@ -112,6 +119,8 @@ def meaning_of(
     if kind == "alpaca" and "include_system_prompt" in kwargs:
         options["system_prompt"] = bool(kwargs["include_system_prompt"])
     columns = _columns(kwargs, kind, {} if kind == "text" else same.columns)
+    if (column := next((kwargs[key] for key in _IMAGE_COLUMN if kwargs.get(key)), None)) is not None:
+        columns["images"] = str(column)
     return Meaning(
         format=kind,
         format_kwargs=options,

@@ -15,6 +15,7 @@ from input_pipeline.lanes import Recipe
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.packing import Packed, Wrapped, cut, plan
 from input_pipeline.pairs import Answered, Laid
+from input_pipeline.picture_rows import RowPictures, arrays_of
 from input_pipeline.prompts import Prompts
 from input_pipeline.reading import Data, Reading, Streams, packing_of, read_data, read_streams
 from input_pipeline.store import Counts, TokenStore
@@ -276,7 +277,12 @@ def _feed(
             f"dataloader_drop_last leaves nothing of {len(made.lines)} rows: a microbatch has {microbatch}"
         )
     lines = EpochOrder(made.lines, seed=seed, keep=keep)
-    stack = _Stack(accumulation, microbatch, made.longest, fixed=packing is not None)
+    pictures = data.pictures if data.pictures is not None and data.pictures.any() else None
+    if pictures is not None and packing in ("bfd_split", "wrapped"):
+        raise NotImplementedError(
+            f"not implemented yet: packing {packing!r} with pictures, which it would cut; use packing_strategy bfd"
+        )
+    stack = _Stack(accumulation, microbatch, made.longest, fixed=packing is not None, pictures=pictures)
     steps_of_epoch = lines.batch(rows_per_step, batch_fn=list).map(stack)
     steps = None if epochs is None else math.ceil(epochs * len(steps_of_epoch))
     every_step = steps_of_epoch.repeat(None if epochs is None else math.ceil(epochs))[:steps]
@@ -399,9 +405,14 @@ class _Stack:
     rows: int
     max_length: int
     fixed: bool
+    pictures: RowPictures | None = None
 
     def __call__(self, lines: list[Line]) -> tuple[Batch, tuple[int, ...]]:
         longest = max(len(line.columns) for line in lines)
         length = self.max_length if self.fixed else bucket_length(longest, self.max_length)
         batch = collate(lines, accumulation=self.accumulation, rows=self.rows, length=length)
+        if self.pictures is not None:
+            batch |= arrays_of(
+                lines, self.pictures, accumulation=self.accumulation, rows=self.rows, length=batch["tokens"].shape[-1]
+            )
         return batch, tuple(row for line in lines for row in line.rows)

@@ -18,19 +18,21 @@ from input_pipeline import fields
 from input_pipeline.batches import State, same_data
 from input_pipeline.cache import key_of
 from input_pipeline.catalog import Dataset, Meaning
+from input_pipeline.content import without_pictures
+from input_pipeline.counts import Counts, first_of_each, too_many_bad
 from input_pipeline.encode import Tokens, Whole, words_of
 from input_pipeline.examples import Prompt, RowError, Side
 from input_pipeline.order import permutation
-from input_pipeline.reading import Reading, choose, skips_bad_rows
+from input_pipeline.picture_rows import RowPictures
+from input_pipeline.pictures import Pictures, Placeholders
+from input_pipeline.processors.processor import Prepared
+from input_pipeline.reading import Reading, choose, pictures_of_split, skips_bad_rows
 from input_pipeline.store import (
-    Counts,
     Encoded,
     Row,
     Tokenizing,
     TokenStore,
-    first_of_each,
     tokenize_rows,
-    too_many_bad,
 )
 from input_pipeline.template import Template
 
@@ -63,8 +65,8 @@ ANY_LENGTH = Limit()
 
 class PromptRow(NamedTuple):
     """A prompt: its token ids, up to where the answer begins; the string or the messages that reward functions see, and
-    the row's other fields, which they are given by name; its number among all prompts; and where it comes from, such as
-    "row 17 of data/train.jsonl".
+    the row's other fields, which they are given by name; its number among all prompts; where it comes from, such as
+    "row 17 of data/train.jsonl"; and its pictures as the model takes them, None where it has none.
     """
 
     ids: tuple[int, ...]
@@ -72,6 +74,7 @@ class PromptRow(NamedTuple):
     columns: Mapping[str, Any]
     row: int
     place: str
+    pictures: Prepared | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class Prompts:
     counts: Counts
     names: tuple[str, ...]  # of the datasets
     notices: tuple[str, ...]  # for the log
+    pictures: RowPictures | None = None  # of a model that takes any
 
     def __len__(self) -> int:
         return len(self.store)
@@ -92,7 +96,9 @@ class Prompts:
         example = self.datasets[dataset].example(index)
         assert isinstance(example, Prompt)
         ids, _ = self.store[row]
-        return PromptRow(tuple(ids.tolist()), example.prompt, example.columns, row, self.name_of(row))
+        shown = example.prompt if isinstance(example.prompt, str) else tuple(without_pictures(example.prompt))
+        pictures = self.pictures(row) if self.pictures is not None and self.pictures.has(row) else None
+        return PromptRow(tuple(ids.tolist()), shown, example.columns, row, self.name_of(row), pictures)
 
     def name_of(self, row: int) -> str:
         """Where a prompt comes from."""
@@ -126,12 +132,14 @@ def read_prompts(
         if split.get(key):
             raise NotImplementedError(f"not implemented yet: data.{what}.{key} with {reading.trainer}; set it to false")
     chosen = choose(split, reading=reading, what=what)
+    pictures = pictures_of_split(split, reading=reading)
     encoder = PromptEncoder(
         meanings=tuple(dataset.meaning for dataset in chosen.datasets),
-        template=Template(tokenizer),
+        template=Template(tokenizer, None if pictures is None else pictures.processor.placeholder),
         limit=limit,
         template_kwargs=dict(template_kwargs or {}),
         skip_bad_rows=skips_bad_rows(split, what),
+        pictures=pictures,
     )
     store, counts, notices = tokenize_rows(
         Tokenizing(chosen.datasets, encoder),
@@ -150,7 +158,14 @@ def read_prompts(
     if counts.over_long:
         done = "left out" if limit.too_long == "leave_out" else f"cut ({limit.too_long})"
         said.append(f"prompts of more than {limit.length} tokens: {counts.over_long:,} of {counts.read:,}, {done}")
-    return Prompts(store=store, datasets=chosen.datasets, counts=counts, names=chosen.names, notices=(*said, *notices))
+    return Prompts(
+        store=store,
+        datasets=chosen.datasets,
+        counts=counts,
+        names=chosen.names,
+        notices=(*said, *notices),
+        pictures=None if pictures is None else RowPictures(pictures, store, chosen.datasets),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +177,17 @@ class PromptEncoder:
     limit: Limit
     template_kwargs: Mapping[str, Any]
     skip_bad_rows: bool
+    pictures: Pictures | None = None  # of a model that takes any
 
     def __call__(self, rows: Sequence[Row], /) -> Encoded:
         bad: dict[int, RowError] = {}
         texts: dict[int, tuple[bool, str]] = {}
+        shown: dict[int, Placeholders | None] = {}
         notices: set[str] = set()
         for place, row in enumerate(rows):
             try:
-                if (text := self._render(row, notices)) is not None:
+                text, shown[place] = self._render(row, notices)
+                if text is not None:
                     texts[place] = text
             except RowError as error:
                 bad[place] = error
@@ -177,7 +195,7 @@ class PromptEncoder:
         over_long = 0
         for place, ids in self._tokenize(texts).items():
             try:
-                kept = self._cut(ids)
+                kept = self._cut(ids, shown[place])
             except RowError as error:
                 bad[place] = error.at(rows[place].where())
                 continue
@@ -203,19 +221,25 @@ class PromptEncoder:
     def fingerprint(self) -> str:
         """A hash of all that decides what rows become; two tokenizers that do the same have the same."""
         meanings = [repr(meaning) for meaning in self.meanings]
-        return key_of("prompts", *self.template.facts(), meanings, self.limit, self.template_kwargs, self.skip_bad_rows)
+        pictures = [] if self.pictures is None else self.pictures.fingerprint()
+        return key_of(
+            *("prompts", *self.template.facts(), meanings, self.limit, self.template_kwargs, self.skip_bad_rows),
+            *pictures,
+        )
 
-    def _render(self, row: Row, notices: set[str]) -> tuple[bool, str] | None:
-        """Whether the tokenizer adds its special tokens to it, and the text; None where the row is left out."""
+    def _render(self, row: Row, notices: set[str]) -> tuple[tuple[bool, str] | None, Placeholders | None]:
+        """Whether the tokenizer adds its special tokens to it, and the text (None where the row is left out); and what
+        stands for its pictures."""
         if isinstance(row.stored, RowError):
             raise row.stored
         example = self.meanings[row.dataset].example(row.stored, row.where)
         if example is None:
-            return None
+            return None, None
         assert isinstance(example, Prompt)
         try:
             if isinstance(example.prompt, str):
-                return True, example.prompt
+                return (True, example.prompt), None
+            placeholders = None if self.pictures is None else self.pictures.placeholders(example, row.dataset)
             if not self.template.tokenizer.chat_template:
                 raise RowError("the tokenizer has no chat template; set model.chat_template", "template")
             if example.tools and not self.template.renders_tools:
@@ -223,7 +247,11 @@ class PromptEncoder:
             kwargs = {**self.template_kwargs, **(example.template_kwargs or {})}
             messages = self.template.prepare(example.prompt)
             text = self.template.text(messages, list(example.tools or ()) or None, prompt=True, **kwargs)
-            return False, fields.text(text, "the rendered prompt")
+            fields.text(text, "the rendered prompt")
+            if placeholders is None:
+                return (False, text), None
+            placeholders.check(text)
+            return (False, placeholders.expand(text)), placeholders
         except RowError as error:
             raise error.at(row.where()) from error
 
@@ -237,10 +265,15 @@ class PromptEncoder:
             ids |= dict(zip(places, found, strict=True))
         return {place: ids[place] for place in sorted(ids)}
 
-    def _cut(self, ids: np.ndarray) -> np.ndarray | None:
+    def _cut(self, ids: np.ndarray, placeholders: Placeholders | None) -> np.ndarray | None:
         if not len(ids):
             raise RowError("the prompt has no token", "empty")
-        return self.limit.cut(ids)
+        kept = self.limit.cut(ids)
+        if kept is not None and self.pictures is not None:
+            settled = self.pictures.settled(Tokens(kept, np.zeros(len(kept), bool), False, 0), placeholders)
+            if isinstance(settled, RowError):
+                raise settled
+        return kept
 
     @functools.cached_property
     def _words(self) -> Any:

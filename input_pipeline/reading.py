@@ -13,17 +13,20 @@ import xxhash
 
 from input_pipeline.catalog import Dataset, Entry, Meaning, Stream, open_dataset, open_stream
 from input_pipeline.chat import LossMask
+from input_pipeline.counts import Counts, too_many_bad
+from input_pipeline.images import Opener, root_of
 from input_pipeline.mixing import choose_rows, mix, shares
+from input_pipeline.picture_rows import RowPictures
+from input_pipeline.pictures import Pictures
+from input_pipeline.processors.processor import Processor
 from input_pipeline.store import (
     Chunk,
-    Counts,
     Encoder,
     Row,
     Tokenizing,
     TokenStore,
     joined,
     tokenize_rows,
-    too_many_bad,
 )
 from input_pipeline.template import Template
 
@@ -32,6 +35,15 @@ Opened = TypeVar("Opened", Dataset, Stream)
 
 COMPLETIONS, ANSWERS = "text_completions_only_with_padding", "dpo_with_padding"
 _TURNS: dict[str, Turns] = {"ALL_ASSISTANT_TURNS": "assistant", "FINAL_ASSISTANT_TURN": "final"}
+_WITH_PICTURES = ("vision_language_with_padding", "vision_language_sft")
+_PICTURE_KWARGS = (  # of the collators of pictures: which turns are trained; what batches are is settled elsewhere
+    "train_on_completions_only",
+    "process_individually",
+    "allow_multi_image_inputs",
+    "main_image_feature",
+    "processor_kwargs",
+    "processor_name",
+)
 _COLLATOR_KWARGS = (  # of the collators whose masks are found from the template instead
     "response_template",
     "instruction_template",
@@ -52,7 +64,7 @@ class Reading:
     does not); `seed` is for the entries that ask for a shuffled sample; `trainer`, the `training.trainer_type`, says
     which formats rows are of; then which tokens are trained; the field of rows that are plain text; `answers`, of rows
     that are answers to a prompt, whose way to cut them (see `answers.py`); `cache`, a folder that keeps tokenised rows;
-    and `progress`, told how many rows were tokenised since its last call.
+    `processor`, of a model that takes pictures; and `progress`, told how many rows were tokenised since its last call.
     """
 
     max_length: int | None
@@ -64,6 +76,7 @@ class Reading:
     text_field: str = "text"
     answers: str | None = None
     cache: Path | None = None
+    processor: Processor | None = None
     progress: Callable[[int], None] | None = None
 
 
@@ -78,6 +91,7 @@ class Data:
     max_length: int  # the longest row allowed, or the longest there is
     limit: int | None = None  # the longest row allowed
     notices: tuple[str, ...] = ()
+    pictures: RowPictures | None = None  # of a model that takes any
 
     def name_of(self, row: int) -> str:
         """Where row `row` of the store comes from."""
@@ -140,7 +154,9 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
     """Read and tokenise the rows of a split. ValueError names file and row; or says that no usable row is left."""
     chosen = choose(split, reading=reading, what=what)
     meanings = [dataset.meaning for dataset in chosen.datasets]
-    tokenizing = Tokenizing(chosen.datasets, _encoder(meanings, split, tokenizer, reading=reading, what=what))
+    pictures = pictures_of_split(split, reading=reading)
+    encoder = _encoder(meanings, split, tokenizer, pictures, reading=reading, what=what)
+    tokenizing = Tokenizing(chosen.datasets, encoder)
     store, counts, notices = tokenize_rows(
         tokenizing, chosen.picks, workers=chosen.workers, progress=reading.progress, cache=reading.cache
     )
@@ -161,6 +177,7 @@ def read_data(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, wha
         max_length=allowed,
         limit=reading.max_length,
         notices=remarks,
+        pictures=None if pictures is None else RowPictures(pictures, store, chosen.datasets),
     )
 
 
@@ -196,7 +213,7 @@ def read_streams(split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, 
     proportions = shares([entry.mixture_proportion for entry in entries])
     return Streams(
         streams=streams,
-        encoder=_encoder([stream.meaning for stream in streams], split, tokenizer, reading=reading, what=what),
+        encoder=_encoder([stream.meaning for stream in streams], split, tokenizer, None, reading=reading, what=what),
         proportions=proportions,
         limits=tuple(entry.sample_count for entry in entries),
         shuffle_buffer=max(entry.shuffle_buffer_size for entry in entries),
@@ -233,8 +250,36 @@ def skips_bad_rows(split: Mapping[str, Any], what: str) -> bool:
     return _one_of(split.get("on_bad_row") or "raise", ("raise", "skip"), f"data.{what}.on_bad_row") == "skip"
 
 
+def pictures_of_split(split: Mapping[str, Any], *, reading: Reading) -> Pictures | None:
+    """How the pictures of a split are opened and prepared; None for a model that takes none."""
+    if reading.processor is None:
+        return None
+    said = {
+        "remote": split.get("allow_remote_images"),
+        "max_pixels": split.get("max_image_pixels"),
+        "max_bytes": split.get("max_image_bytes"),
+        "max_images": split.get("max_images_per_row"),
+    }
+    limits = {name: value for name, value in said.items() if value is not None}
+    entries = [Entry.of(entry) for entry in split["datasets"]]
+    roots = [entry.dataset_kwargs.get("image_root") or split.get("image_root") for entry in entries]
+    return Pictures(
+        reading.processor,
+        tuple(
+            Opener(root=root_of(entry.dataset_path, given), **limits)
+            for entry, given in zip(entries, roots, strict=True)
+        ),
+    )
+
+
 def _encoder(
-    meanings: Sequence[Meaning], split: Mapping[str, Any], tokenizer: Any, *, reading: Reading, what: str
+    meanings: Sequence[Meaning],
+    split: Mapping[str, Any],
+    tokenizer: Any,
+    pictures: Pictures | None,
+    *,
+    reading: Reading,
+    what: str,
 ) -> Encoder:
     mask = loss_mask(
         split,
@@ -245,11 +290,12 @@ def _encoder(
     return Encoder(
         meanings=tuple(meanings),
         masks=tuple(_mask_of(meaning, mask) for meaning in meanings),
-        template=Template(tokenizer),
+        template=Template(tokenizer, None if reading.processor is None else reading.processor.placeholder),
         max_length=None if packing_of(split, reading) in ("bfd_split", "wrapped") else reading.max_length,
         skip_bad_rows=skips_bad_rows(split, what),
         required=_required(split.get("collator_kwargs") or {}, what),
         answers=reading.answers,
+        pictures=pictures,
     )
 
 
@@ -270,13 +316,23 @@ def loss_mask(
         # Without a target: a response template alone means the last turn, an instruction template beside it all turns.
         old: Turns = "assistant" if kwargs.get("instruction_template") else "final"
         turns = _TURNS[_one_of(target, tuple(_TURNS), f"data.{what}.train_target")] if target else old
+    elif name in _WITH_PICTURES:
+        turns = _turns_of_pictures(kwargs, target, turns, what)
     elif name not in (None, "text_with_padding", ANSWERS):
-        raise NotImplementedError(
-            f"not implemented yet: collator_name {name!r}; SFT has text_with_padding and {COMPLETIONS}"
-        )
+        known = ("text_with_padding", COMPLETIONS, *_WITH_PICTURES, ANSWERS)
+        raise ValueError(f"data.{what}.collator_name is {name!r}; allowed: {', '.join(known)}")
     elif target is not None:
         raise ValueError(f"data.{what}.train_target is for collator_name {COMPLETIONS}, not {name}")
     return LossMask(turns=turns, completion_only=completion_only_loss)
+
+
+def _turns_of_pictures(kwargs: Mapping[str, Any], target: str | None, turns: Turns, what: str) -> Turns:
+    """The turns that a collator of pictures trains: all of a chat, unless it is told to train answers."""
+    if target is not None:
+        return _TURNS[_one_of(target, tuple(_TURNS), f"data.{what}.train_target")]
+    if kwargs.get("train_on_completions_only"):
+        return "assistant" if kwargs.get("instruction_template") else "final"
+    return turns
 
 
 def _mask_of(meaning: Meaning, mask: LossMask) -> LossMask:
@@ -285,7 +341,7 @@ def _mask_of(meaning: Meaning, mask: LossMask) -> LossMask:
 
 def _required(collator_kwargs: Mapping[str, Any], what: str) -> tuple[str, ...]:
     for key in collator_kwargs:
-        _one_of(key, _COLLATOR_KWARGS, f"a key of data.{what}.collator_kwargs")
+        _one_of(key, (*_COLLATOR_KWARGS, *_PICTURE_KWARGS), f"a key of data.{what}.collator_kwargs")
     return tuple(t for k in ("response_template", "instruction_template") if (t := collator_kwargs.get(k)))
 
 

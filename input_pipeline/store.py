@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,12 +18,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from input_pipeline.answers import Asked, encode_answers, render_answers
+from input_pipeline.answers import Asked, answers_in, encode_answers, render_answers
 from input_pipeline.cache import Entry, Writing, key_of, load, rows_hash
 from input_pipeline.catalog import Dataset, Meaning
 from input_pipeline.chat import LossMask, Rendered, render
+from input_pipeline.content import pictures_of
+from input_pipeline.counts import Counts, first_of_each
 from input_pipeline.encode import Tokens, encode, words_of
-from input_pipeline.examples import BAD_KINDS, Chat, Example, RowError
+from input_pipeline.examples import Chat, Example, RowError
+from input_pipeline.pictures import Pictures, Placeholders
 from input_pipeline.sources import stored
 from input_pipeline.template import Template
 from input_pipeline.words import Words
@@ -32,54 +35,6 @@ _CHUNK = 512  # rows that a worker is given at a time
 _FEW = 100  # rows up to which texts are tokenised whole: reading a tokenizer's rules takes a quarter of a second
 _MANY_ROWS = 50_000  # from here on "auto" uses several processes: starting them takes seconds
 _KEPT_FROM = 1_000_000  # tokens from which on they are written to the cache: fewer are made in about two seconds
-
-
-class Counts(NamedTuple):
-    """What became of the rows."""
-
-    read: int = 0
-    used: int = 0
-    bad: int = 0  # skipped, with on_bad_row: skip
-    left_out: int = 0  # by dataset_kwargs.transform
-    untrained: int = 0  # dropped: no trained token left within max_length
-    over_long: int = 0  # cut to max_length (some of them are untrained then)
-    tokens: int = 0  # of the rows used
-    trained_tokens: int = 0  # of these, the ones in the loss
-    text_bytes: int = 0  # of the text that they spell, in UTF-8
-    bad_kinds: Mapping[str, int] = {}  # never changed
-    first_bad: Mapping[str, str] = {}  # of each kind, with its place
-
-    def plus(self, later: "Counts") -> "Counts":
-        """The counts of these rows and of `later` ones."""
-        both: Iterator[tuple[str, Any, Any]] = zip(self._fields, self, later, strict=True)
-        sums: dict[str, Any] = {name: a + b for name, a, b in both if isinstance(a, int)}
-        kinds = {kind: self.bad_kinds.get(kind, 0) + n for kind, n in later.bad_kinds.items()}
-        first = {**self.first_bad, **later.first_bad, **self.first_bad}
-        return Counts(**sums, bad_kinds={**self.bad_kinds, **kinds}, first_bad=first)
-
-    def table(self) -> dict[str, int]:
-        """All numbers by name, the bad rows' kinds among them."""
-        kinds = {f"bad: {BAD_KINDS[kind]}": number for kind, number in sorted(self.bad_kinds.items())}
-        numbers = {name: value for name, value in self._asdict().items() if name not in ("bad_kinds", "first_bad")}
-        return {**numbers, **kinds}
-
-    def refused(self) -> str:
-        """The bad rows by kind, most frequent first: "2 not JSON, 1 empty"."""
-        ordered = sorted(self.bad_kinds.items(), key=lambda item: -item[1])
-        return ", ".join(f"{number:,} {BAD_KINDS.get(kind, kind)}" for kind, number in ordered)
-
-
-def too_many_bad(counts: Counts, fraction: float | None) -> None:
-    """ValueError where a greater share than `fraction` of the rows read was bad; None allows any.
-
-    It names the counts by kind and the first of each.
-    """
-    if fraction is not None and counts.bad > fraction * counts.read:
-        raise ValueError(
-            f"{counts.bad:,} of {counts.read:,} rows are bad, more than max_bad_row_fraction {fraction:g}"
-            f" ({counts.refused()}); mend them, or raise data.<split>.max_bad_row_fraction. The first of each kind:"
-            f" {'; '.join(counts.first_bad.values())}"
-        )
 
 
 @dataclass(frozen=True)
@@ -176,14 +131,15 @@ class Encoder:
     skip_bad_rows: bool
     required: tuple[str, ...] = ()  # strings that every rendered chat must contain
     answers: str | None = None  # of rows that are answers to a prompt: whose way to cut them, "trl" or "oumi"
+    pictures: Pictures | None = None  # of a model that takes any
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         bad: dict[int, RowError] = {}
         notices: set[str] = set()
-        good, rendered, left_out = [], [], 0
+        good, rendered, shown, left_out = [], [], [], 0
         for place, row in enumerate(rows):
             try:
-                text = self._render(row, notices)
+                text, placeholders = self._render(row, notices)
             except RowError as error:
                 bad[place] = self._allowed(error)
                 continue
@@ -191,12 +147,14 @@ class Encoder:
                 left_out += 1
                 continue
             rendered.append(text)
+            shown.append(placeholders)
             good.append(place)
         tokens: list[Tokens | None] = [None] * len(rows)
         over_long = 0
         words = self._words if len(rows) >= _FEW else None
         encoded = self._encode(rendered, words, notices)
-        for place, found in zip(good, encoded, strict=True):
+        for place, found, placeholders in zip(good, encoded, shown, strict=True):
+            found = self._with_pictures(found, placeholders)
             if isinstance(found, RowError):
                 bad[place] = self._allowed(found.at(rows[place].where()))
                 continue
@@ -226,6 +184,7 @@ class Encoder:
             [repr(meaning) for meaning in self.meanings],
             [list(mask) for mask in map(astuple, self.masks)],
             [self.max_length, self.skip_bad_rows, self.required, self.answers],
+            *([] if self.pictures is None else self.pictures.fingerprint()),
         )
 
     @functools.cached_property
@@ -238,24 +197,50 @@ class Encoder:
             return encode(rendered, tokenizer, max_length=self.max_length, words=words)
         return encode_answers(rendered, tokenizer, max_length=self.max_length, words=words, notices=notices)
 
-    def _render(self, row: Row, notices: set[str]) -> Rendered | Asked | None:
-        """The text of a row; None where the dataset's transform leaves it out."""
+    def _with_pictures(self, found: Tokens | RowError, placeholders: Placeholders | None) -> Tokens | RowError:
+        if self.pictures is None or isinstance(found, RowError) or not len(found.ids):
+            return found
+        times = 1 if self.answers is None else answers_in(found)
+        return self.pictures.settled(found, placeholders, times=times)
+
+    def _render(self, row: Row, notices: set[str]) -> tuple[Rendered | Asked | None, Placeholders | None]:
+        """The text of a row (None where the dataset's transform leaves it out), and what stands for its pictures."""
         if isinstance(row.stored, RowError):
             raise row.stored
         meaning = self.meanings[row.dataset]
         example = meaning.example(row.stored, row.where)
         if example is None:
-            return None
+            return None, None
         try:
+            placeholders = self._placeholders(example, row.dataset)
             if getattr(example, "tools", None) and not self.template.renders_tools:
                 notices.add("the chat template does not render tool definitions; those of the data are not trained on")
             if self.answers is not None:
-                return render_answers(example, self.template, self.answers)
+                return self._asked(example, placeholders), placeholders
             rendered = render(example, self.template, self.masks[row.dataset])
+            if placeholders is not None:
+                rendered = placeholders.rendered(rendered)
             self._check(example, rendered, (*self.required, *meaning.required))
         except RowError as error:
             raise error.at(row.where()) from error
-        return rendered
+        return rendered, placeholders
+
+    def _placeholders(self, example: Example, dataset: int) -> Placeholders | None:
+        if self.pictures is not None:
+            return self.pictures.placeholders(example, dataset)
+        if self.template.placeholder is not None and pictures_of(example):
+            raise RowError("not implemented yet: a picture in a stream; set data.<split>.stream: false", "image")
+        return None
+
+    def _asked(self, example: Example, placeholders: Placeholders | None) -> Asked:
+        assert self.answers is not None
+        asked = render_answers(example, self.template, self.answers)
+        if placeholders is None:
+            return asked
+        placeholders.check(asked.prompt)
+        return asked._replace(
+            prompt=placeholders.expand(asked.prompt), answers=tuple(map(placeholders.expand, asked.answers))
+        )
 
     def _check(self, example: Example, rendered: Rendered, required: tuple[str, ...]) -> None:
         if not isinstance(example, Chat):
@@ -272,14 +257,6 @@ class Encoder:
         if not self.skip_bad_rows:
             raise error
         return error
-
-
-def first_of_each(errors: Iterable[RowError]) -> dict[str, str]:
-    """The first message of each kind."""
-    first: dict[str, str] = {}
-    for error in errors:
-        first.setdefault(error.kind, str(error))
-    return first
 
 
 class Chunk(NamedTuple):

@@ -17,8 +17,8 @@ from absl import flags
 
 from input_pipeline.batches import Batch, Part, State, same_data
 from input_pipeline.collate import Line, bucket_length, collate
+from input_pipeline.counts import too_many_bad
 from input_pipeline.lanes import Found, Lane, Place, Recipe
-from input_pipeline.store import too_many_bad
 
 log = logging.getLogger(__name__)
 

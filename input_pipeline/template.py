@@ -11,11 +11,13 @@ from typing import Any
 
 import jinja2
 
+from input_pipeline.content import text_of, without_pictures
 from input_pipeline.examples import Message, RowError
 from input_pipeline.turns import Turns, find_turns
 
 # What a template raises when it does not take what it is given (jinja's own, or Python's from inside an expression).
 REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError)
+NO_PICTURES = "has a picture, and the model takes none"
 _OF_ROLES = re.compile("role|system message", re.IGNORECASE)  # "Conversation roles must alternate …"
 
 _WORD, _TOOL = "einkornword", "einkorntool"  # looked for in renderings, to see what a template does with its input
@@ -36,9 +38,10 @@ def _with_fixed_date(source: str) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer."""
+    """The chat template of a tokenizer; `placeholder` is what stands for a picture, of a model that takes any."""
 
     tokenizer: Any
+    placeholder: str | None = None
 
     def source(self, tools: Any = None) -> str:
         """The template's program (a tokenizer may have one of its own for chats with tools), with its date fixed."""
@@ -81,11 +84,12 @@ class Template:
         return find_turns(self.source(tools), messages, **(self.tokenizer.special_tokens_map | variables | kwargs))
 
     def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """The messages as this template wants them: tool calls in its form, reasoning under the names in use.
+        """The messages as this template wants them: tool calls in its form, reasoning under the names in use, pictures
+        as parts of the content or as their placeholder in the text.
 
         RowError if there are tool calls and the template does not render any.
         """
-        prepared = [dict(message) for message in messages]
+        prepared = [self._with_content(message) for message in messages]
         for message in prepared:
             reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
             if reasoning is not None:
@@ -98,6 +102,37 @@ class Template:
                 "template",
             )
         return [_with_tool_calls(message, *self.tool_call_form) for message in prepared]
+
+    def _with_content(self, message: Message) -> dict[str, Any]:
+        """A message with its content in a form that the template renders."""
+        said, placeholder = message.get("content"), self.placeholder
+        if placeholder is None or said is None:
+            if not isinstance(said, str | None):
+                raise RowError(NO_PICTURES, "image")
+            return dict(message)
+        if placeholder in text_of(said):
+            raise RowError(f"the text holds {placeholder!r}, with which pictures are marked", "image")
+        parts = without_pictures([message])[0]["content"]
+        if isinstance(parts, str):
+            return {**message, "content": [{"type": "text", "text": said}] if self.content_form[1] else said}
+        if self.content_form[0]:
+            return {**message, "content": parts}
+        return {**message, "content": "".join(part.get("text", placeholder) for part in parts)}
+
+    @functools.cached_property
+    def content_form(self) -> tuple[bool, bool]:
+        """Whether the template renders content that is a list of parts, and whether it renders only that."""
+        of_parts = [{"type": "image"}, {"type": "text", "text": _WORD}]
+        rendered = self._rendered_probe(of_parts)
+        if rendered.count(self.placeholder or "") != 1 or _WORD not in rendered or "'type'" in rendered:
+            return False, False
+        return True, _WORD not in self._rendered_probe(_WORD)
+
+    def _rendered_probe(self, content: Any) -> str:
+        try:
+            return self.text([{"role": "user", "content": content}])
+        except RowError:
+            return ""
 
     @functools.cached_property
     def tool_call_form(self) -> tuple[bool, str | None] | None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import derived
+from input_pipeline.processors import Processor, open_processor
 from input_pipeline.tokenizer import load_tokenizer
 from launch.adapt import find_model, quantisation, tokenizer_folder, what_trains
 from models import hub, weights
@@ -39,6 +40,7 @@ class Model(NamedTuple):
     adapter: Path | None  # the folder of an adapter that the run starts from
     lora: Lora | None  # the adapter that is trained
     trained: frozenset[str]  # paths of its own leaves that are
+    processor: Processor | None  # how its pictures are prepared; None: it takes none
     form: str | None  # of its kernels, where they are kept in few bits: a name of models.quantized.FORMATS
 
     @property
@@ -102,8 +104,19 @@ def open_model(config: ConfigDict) -> Model:
         adapter=named.adapter,
         lora=lora,
         trained=trained,
+        processor=_processor(config, hf_config, folder, tokenizer),
         form=quantisation(config),
     )
+
+
+def _processor(config: ConfigDict, hf_config: dict[str, Any], folder: Path, tokenizer: Any) -> Processor | None:
+    """How the model's pictures are prepared, by the settings of the folder that is named, or its own."""
+    split = config.data.train
+    places = (split.collator_kwargs, *(dataset.dataset_kwargs for dataset in split.datasets))
+    named = config.model.processor_name or next((p["processor_name"] for p in places if p.get("processor_name")), None)
+    if named is not None:
+        folder = Path(named).expanduser() if Path(named).expanduser().is_dir() else hub.resolve(named, weights=False)
+    return open_processor(hf_config, folder, tokenizer, kwargs=dict(config.model.processor_kwargs))
 
 
 def load_weights(model: Model, mesh: Mesh, *, pretrained: bool, seed: int) -> Params:

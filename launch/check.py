@@ -43,7 +43,7 @@ def _found(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed) -> tuple[li
     """What there is to say, a name and a text each, and the bytes that a device needs in all."""
     if config.training.trainer_type in GRPO:
         if config.data.validation.datasets:
-            prompts_of(config, model.tokenizer, "validation")
+            prompts_of(config, model, "validation")
     elif validation := validation_data(config, model, mesh, to_train=False):
         validation.batches.close()
     plan = schedule_of(config, mesh, feed)

@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from configs import derived, verl
 from configs.methods import GRPO, PREFERENCE
 from input_pipeline.batches import Part
+from input_pipeline.counts import Counts
 from input_pipeline.pipeline import Feed, LayOut, eval_feed, train_feed
 from input_pipeline.prompts import Limit, Prompts, read_prompts
 from input_pipeline.reading import Data, Reading, preview, read_data
-from input_pipeline.store import Counts
 from launch.assemble import Model
 from launch.preferences import lay_out_of
 from models.sharding import batch_sharding, replicas
@@ -34,7 +34,7 @@ def train_data(config: ConfigDict, model: Model, mesh: Mesh, *, to_train: bool =
         rows_per_step=rows,
         accumulation=training.gradient_accumulation_steps,
         epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
-        reading=reading_of(config),
+        reading=reading_of(config, model),
         shuffle_rows=derived.shuffles(config),
         drop_last=training.trainer_kwargs.dataloader_drop_last,
         part=part_of(mesh, rows // training.gradient_accumulation_steps),
@@ -54,7 +54,7 @@ def validation_data(config: ConfigDict, model: Model, mesh: Mesh, *, to_train: b
         config.data,
         model.tokenizer,
         rows_per_step=config.training.per_device_eval_batch_size * replicas(mesh),
-        reading=reading_of(config),
+        reading=reading_of(config, model),
         lay_out=_lay_out(config, model, mesh, to_train),
     )
     for notice in validation.notices:
@@ -68,20 +68,20 @@ def _lay_out(config: ConfigDict, model: Model, mesh: Mesh, to_train: bool) -> La
     return lay_out_of(config, model, mesh, compute_reference=to_train)
 
 
-def first_rows(config: ConfigDict, split: str, tokenizer: Any) -> Data | Prompts:
+def first_rows(config: ConfigDict, split: str, model: Model) -> Data | Prompts:
     """The rows of a split to look at: all of them, or the first few hundred of a stream."""
     if config.training.trainer_type in GRPO:
-        return prompts_of(config, tokenizer, split)
+        return prompts_of(config, model, split)
     read = preview if config.data[split].stream else read_data
-    return read(config.data[split], tokenizer, reading=reading_of(config), what=split)
+    return read(config.data[split], model.tokenizer, reading=reading_of(config, model), what=split)
 
 
-def prompts_of(config: ConfigDict, tokenizer: Any, split: str) -> Prompts:
+def prompts_of(config: ConfigDict, model: Model, split: str) -> Prompts:
     """The prompts of a split, for methods that learn from their own answers."""
     return read_prompts(
         config.data[split],
-        tokenizer,
-        reading=reading_of(config),
+        model.tokenizer,
+        reading=reading_of(config, model),
         limit=limit_of(config),
         template_kwargs=template_kwargs(config),
         what=split,
@@ -101,8 +101,8 @@ def template_kwargs(config: ConfigDict) -> dict[str, Any]:
     return dict(config.training.trainer_kwargs.chat_template_kwargs or {})
 
 
-def reading_of(config: ConfigDict) -> Reading:
-    """How rows become tokens: the longest row, which tokens are trained."""
+def reading_of(config: ConfigDict, model: Model) -> Reading:
+    """How rows become tokens: the longest row, which tokens are trained, how pictures are prepared."""
     kwargs, cache = config.training.trainer_kwargs, config.training.token_cache_dir
     return Reading(
         max_length=derived.max_length(config),
@@ -114,6 +114,7 @@ def reading_of(config: ConfigDict) -> Reading:
         text_field=kwargs.dataset_text_field,
         answers=kwargs.answer_tokens if config.training.trainer_type in PREFERENCE else None,
         cache=Path(cache).expanduser() if cache else None,
+        processor=model.processor,
     )
 
 

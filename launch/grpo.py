@@ -54,7 +54,7 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
     asked = prompt_feed(
         config.data,
         model.tokenizer,
-        reading=reading_of(config),
+        reading=reading_of(config, model),
         prompts_per_generation=sizes.prompts,
         epochs=training.num_train_epochs if steps_of(config, mesh).run is None else None,
         limit=limit_of(config),
@@ -135,7 +135,7 @@ def validation_prompts(config: ConfigDict, model: Model) -> Prompts | None:
     """The prompts that evaluation asks, if there are any."""
     if not config.data.validation.datasets or config.training.eval_strategy == "no":
         return None
-    return prompts_of(config, model.tokenizer, "validation")
+    return prompts_of(config, model, "validation")
 
 
 def masks_truncated(config: ConfigDict) -> bool:

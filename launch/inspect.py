@@ -15,10 +15,10 @@ def run(loaded: Loaded, *, rows: int, split: str) -> None:
         raise ValueError(f"--split is {split!r}; allowed: train, validation")
     if not config.data[split].datasets:
         raise ValueError(f"data.{split}.datasets is empty")
-    tokenizer = assemble.open_model(config).tokenizer
-    data = first_rows(config, split, tokenizer)
+    model = assemble.open_model(config)
+    data = first_rows(config, split, model)
     console = Console()
     for row in range(min(rows, len(data.store))):
-        print_row(console, data, row, tokenizer)
+        print_row(console, data, row, model.tokenizer)
         console.print()
     print_histogram(console, data)

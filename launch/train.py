@@ -379,7 +379,7 @@ def _beginning(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, plan: S
 def _examples(config: ConfigDict, feed: Feed, model: Model) -> str:
     """The first rows of the training data, token by token, as `einkorn inspect` shows them."""
     console = Console(file=io.StringIO(), width=120)
-    data = feed.data or first_rows(config, "train", model.tokenizer)
+    data = feed.data or first_rows(config, "train", model)
     for row in range(min(3, len(data.store))):
         print_row(console, data, row, model.tokenizer, ids=True)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from input_pipeline import fields
+from input_pipeline.content import parse_content
 from input_pipeline.examples import Chat, Message, RowError, Side, show
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -133,29 +134,6 @@ def parse_message(message: Any, path: str, *, filled: bool = False) -> Message:
 
 def _alone(message: Mapping[str, Any], path: str) -> tuple[Message, ...]:
     return (parse_message(message, path),)
-
-
-def parse_content(content: Any, path: str) -> str:
-    """A string, or a list of text items, which are joined as they stand."""
-    if isinstance(content, str):
-        return fields.text(content, path)
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise RowError(f"{path} must be a string or a list of items, not {show(content)}")
-    return "".join(_text_of(item, f"{path}[{i}]") for i, item in enumerate(content))
-
-
-def _text_of(item: Any, path: str) -> str:
-    if isinstance(item, str):
-        return fields.text(item, path)
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    if kind is None:
-        raise RowError(f"{path} must be an object with type and content, not {show(item)}")
-    if isinstance(kind, str) and kind.startswith(("image", "video", "audio")):
-        raise RowError(f"{path}.type is {kind!r}: not implemented yet: training on anything but text")
-    text = item.get("content") if item.get("content") is not None else item.get("text")
-    if kind != "text" or not isinstance(text, str):
-        raise RowError(f'{path} must be {{"type": "text", "content": "…"}}, not {show(item)}')
-    return fields.text(text, path)
 
 
 def parse_tools(tools: Any, path: str) -> tuple[Mapping[str, Any], ...] | None:

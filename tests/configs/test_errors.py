@@ -144,10 +144,6 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
         ("--peft.lora_init_weights=olora", "not implemented yet: peft.lora_init_weights: OLORA"),
         ("--model.torch_dtype_str=float16", "not implemented yet: model.torch_dtype_str: float16"),
-        (
-            "--data.train.collator_name=vision_language_sft",
-            "not implemented yet: data.train.collator_name: vision_language_sft",
-        ),
         # rules
         ("--peft.q_lora_bits=5", "peft.q_lora_bits: got 5; allowed: 4, 8"),
         (

@@ -5,7 +5,7 @@ What belongs to a method that is to come fails with that method's name and nothi
 
 import pytest
 
-from configs.load import ConfigError, load
+from configs.load import load
 
 MODEL = "--model.model_name=some/model"  # the page's snippets leave the model out
 
@@ -183,22 +183,11 @@ def test_the_page_on_sft_loads_as_written(source):
     assert loaded.notices == ()
 
 
-@pytest.mark.parametrize(
-    ("text", "problems"),
-    [
-        (
-            VISION,
-            [
-                "not implemented yet: data.train.collator_name: vision_language_with_padding",
-            ],
-        ),
-    ],
-    ids=["vision"],
-)
-def test_the_other_pages_are_understood_and_fail_for_what_is_to_come_only(source, text, problems):
-    with pytest.raises(ConfigError) as error:
-        load(source(text), [] if "model_name" in text else [MODEL])
-    assert [line.rpartition(" (")[0] for line in error.value.problems] == problems
+def test_the_page_on_pictures_loads_as_written(source):
+    loaded = load(source(VISION))
+    assert loaded.config.data.train.collator_name == "vision_language_with_padding"
+    assert loaded.config.data.train.datasets[0].dataset_name == "vl_sft_jsonl"
+    assert loaded.notices == ()
 
 
 @pytest.mark.parametrize(("text", "method"), [(GRPO, "TRL_GRPO"), (VERL, "VERL_GRPO")], ids=["trl", "verl"])

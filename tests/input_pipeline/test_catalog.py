@@ -393,12 +393,6 @@ def test_keys_of_oumis_pretraining_sets_are_taken_and_said_to_have_no_effect(ope
     )
 
 
-@pytest.mark.parametrize("name", ["vl_sft", "vl_sft_jsonl", "vision_language_jsonl", "vision_dpo_jsonl"])
-def test_vision_is_not_implemented_yet(name):
-    with pytest.raises(NotImplementedError, match=f"^not implemented yet: dataset_name '{name}'"):
-        open_dataset(Entry(dataset_name=name, dataset_path="x"))
-
-
 @pytest.mark.parametrize("name", known.KNOWN)
 def test_what_the_table_of_known_sets_names_is_there(name):
     listed = known.known(name)

@@ -120,8 +120,8 @@ def test_tool_calls_keep_their_arguments_as_objects_and_tools_may_be_a_json_stri
             'messages[0].content[0] must be {"type": "text", "content": "…"}, not {\'type\': \'text\'}',
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_path", "content": "a.png"}]}]},
-            "messages[0].content[0].type is 'image_path': not implemented yet: training on anything but text",
+            {"messages": [{"role": "user", "content": [{"type": "video", "content": "a.mp4"}]}]},
+            "messages[0].content[0].type is 'video': not implemented yet: training on anything but text and pictures",
         ),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from input_pipeline.counts import Counts
 from input_pipeline.order import EpochOrder, permutation
 from input_pipeline.pipeline import eval_feed, train_feed
 from input_pipeline.reading import Reading, loss_mask
-from input_pipeline.store import Counts
 
 COMPLETIONS = "text_completions_only_with_padding"
 
@@ -392,8 +392,8 @@ def test_collator_settings_that_say_nothing_are_refused():
         loss_mask({"collator_name": COMPLETIONS, "train_target": "ALL"})
     with pytest.raises(ValueError, match=f"train_target is for collator_name {COMPLETIONS}, not None"):
         loss_mask({"train_target": "ALL_ASSISTANT_TURNS"})
-    with pytest.raises(NotImplementedError, match="not implemented yet: collator_name 'vision_language_with_padding'"):
-        loss_mask({"collator_name": "vision_language_with_padding"})
+    with pytest.raises(ValueError, match="collator_name is 'text'; allowed: text_with_padding"):
+        loss_mask({"collator_name": "text"})
 
 
 def test_templates_of_the_collator_must_occur_in_the_chat(tokenizer, rows):

@@ -139,9 +139,3 @@ def test_an_unknown_dataset_kwarg_of_a_file_is_answered_with_the_nearest(folder)
     entry = Entry(dataset_name="text_sft", dataset_path=str(folder / "rows.jsonl"), dataset_kwargs={"fromat": "alpaca"})
     with pytest.raises(ValueError, match=r"dataset_kwargs\.fromat is unknown; did you mean 'format'\?"):
         open_dataset(entry)
-
-
-@pytest.mark.parametrize("name", ["vl_sft_jsonl", "vision_dpo_jsonl"])
-def test_data_of_other_methods_is_not_implemented_yet(name):
-    with pytest.raises(NotImplementedError, match=f"^not implemented yet: dataset_name '{name}'"):
-        open_dataset(Entry(dataset_name=name, dataset_path="x"))

@@ -10,10 +10,11 @@ import pytest
 from input_pipeline.cache import load
 from input_pipeline.catalog import Dataset
 from input_pipeline.chat import LossMask
+from input_pipeline.counts import Counts, too_many_bad
 from input_pipeline.jsonl import JsonLines, open_jsonl
 from input_pipeline.meaning import Meaning
 from input_pipeline.sources import Rows
-from input_pipeline.store import Counts, Encoder, Tokenizing, tokenize_rows, too_many_bad
+from input_pipeline.store import Encoder, Tokenizing, tokenize_rows
 from input_pipeline.template import Template
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]

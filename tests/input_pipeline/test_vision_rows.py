@@ -1,0 +1,278 @@
+"""Rows with pictures, as the model is given them: token by token and pixel by pixel what HF's own processor makes."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline.pipeline import eval_feed, train_feed
+from input_pipeline.processors import open_processor
+from input_pipeline.reading import Reading, read_data
+
+LLAVA = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG = {
+    "model_type": "llava",
+    "image_token_index": 480,
+    "vision_feature_select_strategy": "default",
+    "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14},
+}
+SETTINGS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 28},
+    "crop_size": {"height": 28, "width": 28},
+}
+
+
+@pytest.fixture(scope="module")
+def speaker(tokenizer_maker):
+    """A tokenizer with the token of a picture, and a template that takes parts."""
+    tokenizer = tokenizer_maker()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = LLAVA
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def processor(speaker, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    config = CONFIG | {"image_token_index": speaker.convert_tokens_to_ids("<image>")}
+    return open_processor(config, folder, speaker)
+
+
+def _picture(number, size=(31, 45)):
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8))
+
+
+def _png(number):
+    stream = io.BytesIO()
+    _picture(number).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three pictures."""
+    folder = tmp_path_factory.mktemp("rows")
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(_png(n))
+    return folder
+
+
+def _split(folder, rows, **more):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"dataset_name": more.pop("dataset_name", "vl_sft_jsonl"), "dataset_path": str(path)}
+    return {"datasets": [entry], "collator_name": "vision_language_with_padding"} | more
+
+
+def _chat(*parts, answer="It is a cat."):
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": answer}]}
+
+
+ASK = {"type": "text", "content": "What is this?"}
+FORMS = {  # the same picture and question
+    "a path": _chat({"type": "image_path", "content": "0.png"}, ASK),
+    "the seed's": _chat({"type": "image_url", "content": "0.png"}, ASK),
+    "base64": _chat({"type": "image_binary", "binary": base64.b64encode(_png(0)).decode()}, ASK),
+    "a data: URL": _chat(
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(_png(0)).decode()}"}}, ASK
+    ),
+    "transformers'": _chat({"type": "image", "path": "0.png"}, {"type": "text", "text": "What is this?"}),
+    "TRL's": _chat({"type": "image"}, {"type": "text", "text": "What is this?"}) | {"images": ["0.png"]},
+    "TRL's without a place": _chat("What is this?") | {"images": [{"path": "0.png", "bytes": None}]},
+    "LLaVA's": {
+        "image": "0.png",
+        "conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "It is a cat."}],
+    },
+    "Oumi's conversation": {"conversation": _chat({"type": "image_path", "content": "0.png"}, ASK)},
+}
+
+
+@pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
+def test_every_way_to_name_a_picture_gives_the_same_row(folder, speaker, processor, row):
+    data = read_data(_split(folder, [row]), speaker, reading=Reading(max_length=None, seed=0, processor=processor))
+    expected = speaker(
+        "<|im_start|>user\n" + "<image>" * 4 + "\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+        "It is a cat.<|im_end|>\n"
+    )["input_ids"]
+    ids, trained = data.store[0]
+    assert ids.tolist() == expected
+    assert not trained[ids == processor.feature_id].any()
+    assert trained[ids != processor.feature_id].all()
+    pixels = processor.image([_picture(0)], return_tensors="np")["pixel_values"][0]
+    patches = data.pictures(0).patches
+    assert np.array_equal(patches[1], pixels[:, :14, 14:].reshape(-1))
+    assert np.array_equal(patches[2], pixels[:, 14:, :14].reshape(-1))
+
+
+def test_a_batch_has_the_patches_of_its_rows_and_says_which_token_takes_which_feature(folder, speaker, processor):
+    rows = [
+        _chat({"type": "image_path", "content": "0.png"}, ASK, {"type": "image_path", "content": "1.png"}),
+        _chat("No picture."),
+        {
+            "messages": [
+                {"role": "user", "content": "First?"},
+                {"role": "assistant", "content": "Show me."},
+                {"role": "user", "content": [{"type": "text", "content": "Here."}, {"type": "image", "path": "2.png"}]},
+                {"role": "assistant", "content": "A dog."},
+            ]
+        },
+    ]
+    split = _split(folder, rows, collator_kwargs={"train_on_completions_only": True, "instruction_template": "user"})
+    feed = eval_feed(
+        {"validation": split, "train": split},
+        speaker,
+        reading=Reading(max_length=128, seed=0, processor=processor),
+        rows_per_step=3,
+    )
+    batch = next(feed.batches)
+    assert {name: array.shape for name, array in batch.items()} == {
+        **dict.fromkeys(("tokens", "targets", "weights", "segments", "positions", "image_features"), (1, 3, 64)),
+        "patches": (1, 3, 8, 3 * 14 * 14),
+        "patch_segments": (1, 3, 8),
+        "patch_places": (1, 3, 8, 2),
+    }
+    assert batch["patch_segments"][0].tolist() == [[1] * 4 + [2] * 4, [0] * 8, [1] * 4 + [0] * 4]
+    assert batch["patch_places"][0, 2, :4].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    for r, pictures in enumerate([[0, 1], [], [2]]):
+        here = batch["tokens"][0, r] == processor.feature_id
+        assert batch["image_features"][0, r][here].tolist() == list(range(1, 4 * len(pictures) + 1))
+        assert not batch["image_features"][0, r][~here].any()
+        for n, picture in enumerate(pictures):
+            pixels = processor.image([_picture(picture)], return_tensors="np")["pixel_values"][0]
+            assert np.array_equal(batch["patches"][0, r, 4 * n], pixels[:, :14, :14].reshape(-1))
+    said = ["".join(speaker.decode([t]) for t in batch["targets"][0, r][batch["weights"][0, r] > 0]) for r in range(3)]
+    assert said == ["It is a cat.<|im_end|>\n"] * 2 + ["Show me.<|im_end|>\nA dog.<|im_end|>\n"]
+
+
+def _whole(feed):
+    return list(feed.batches)
+
+
+def test_rows_packed_into_one_keep_their_own_pictures(folder, speaker, processor):
+    rows = [_chat({"type": "image_path", "content": f"{n % 3}.png"}, ASK, answer="cat " * (n + 1)) for n in range(6)]
+    split = _split(folder, rows, pack=True)
+    packed = train_feed(
+        {"train": split},
+        speaker,
+        reading=Reading(max_length=128, seed=0, processor=processor),
+        rows_per_step=2,
+        accumulation=1,
+        epochs=1,
+        prefetch=0,
+    )
+    alone = train_feed(
+        {"train": {**split, "pack": False}},
+        speaker,
+        reading=Reading(max_length=128, seed=0, processor=processor),
+        rows_per_step=2,
+        accumulation=1,
+        epochs=1,
+        prefetch=0,
+    )
+
+    def documents(feed):
+        """Tokens of every document with the patches that its tokens take."""
+        found = set()
+        for batch in feed.batches:
+            for r in range(2):
+                row = {name: array[0, r] for name, array in batch.items()}
+                for segment in range(1, row["segments"].max() + 1):
+                    here = row["segments"] == segment
+                    features = row["image_features"][here]
+                    taken = row["patches"][features[features > 0] - 1]
+                    assert len(set(row["patch_segments"][features[features > 0] - 1])) == 1
+                    found.add((row["tokens"][here].tobytes(), taken.tobytes()))
+        return found
+
+    assert documents(packed) == documents(alone)
+    assert len(documents(packed)) == 0  # they are used up
+    for strategy in ("bfd_split", "wrapped"):
+        with pytest.raises(NotImplementedError, match=f"not implemented yet: packing '{strategy}' with pictures"):
+            train_feed(
+                {"train": split},
+                speaker,
+                reading=Reading(max_length=128, seed=0, processor=processor, packing=strategy),
+                rows_per_step=2,
+                accumulation=1,
+                epochs=1,
+            )
+
+
+def test_a_run_goes_on_with_the_same_pictures(folder, speaker, processor):
+    rows = [_chat({"type": "image_path", "content": f"{n % 3}.png"}, ASK, answer=f"{n}") for n in range(8)]
+
+    def feed(prefetch):
+        return train_feed(
+            {"train": _split(folder, rows)},
+            speaker,
+            reading=Reading(max_length=128, seed=3, processor=processor),
+            rows_per_step=4,
+            accumulation=2,
+            epochs=3,
+            prefetch=prefetch,
+        ).batches
+
+    first = feed(2)
+    next(first)
+    state = first.get_state()
+    rest, again = list(first), feed(0)
+    again.set_state(state)
+    for one, other in zip(rest, again, strict=True):
+        assert one.keys() == other.keys()
+        assert "patches" in one
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+BAD = {
+    "missing": (
+        _chat({"type": "image_path", "content": "9.png"}, ASK),
+        "row 2 of .*: picture '9.png': there",
+    ),
+    "too few": (_chat({"type": "image"}, ASK), "row 2 of .*: 1 pictures are meant, and the row has no column 'images'"),
+    "too many": (
+        _chat({"type": "image"}, ASK) | {"images": ["0.png", "1.png"]},
+        'images has 2 pictures, and there are 1 parts {"type": "image"}',
+    ),
+    "a mark in the text": (_chat("Is <image> a token?"), "row 2 of .*: the text holds '<image>'"),
+    "video": (_chat({"type": "video", "content": "a.mp4"}), "'video': not implemented yet"),
+    "too long": (
+        _chat(*[{"type": "image_path", "content": "0.png"}] * 15),
+        "row 2 of .*: its pictures are 60 tokens, and [0-9]+ fit: a picture is never cut",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
+def test_a_row_whose_pictures_cannot_be_used_is_named(folder, speaker, processor, row, message):
+    good = _chat({"type": "image_path", "content": "0.png"}, ASK)
+    split, reading = _split(folder, [good, row]), Reading(max_length=60, seed=0, processor=processor)
+    with pytest.raises(ValueError, match=message):
+        read_data(split, speaker, reading=reading)
+    data = read_data({**split, "on_bad_row": "skip", "max_bad_row_fraction": None}, speaker, reading=reading)
+    assert (data.counts.used, data.counts.bad) == (1, 1)
+
+
+def test_a_long_row_loses_text_after_its_pictures_only(folder, speaker, processor):
+    row = _chat({"type": "image_path", "content": "0.png"}, ASK, answer="cat " * 60)
+    data = read_data(_split(folder, [row]), speaker, reading=Reading(max_length=40, seed=0, processor=processor))
+    assert data.store.lengths.tolist() == [40]
+    assert data.counts.over_long == 1
+    assert len(data.pictures(0).patches) == 4
+
+
+def test_a_model_without_pictures_refuses_them(folder, tokenizer):
+    row = _chat({"type": "image_path", "content": "0.png"}, ASK)
+    with pytest.raises(ValueError, match=r"row 1 of .*: has a picture, and the model takes none"):
+        read_data(_split(folder, [row]), tokenizer, reading=Reading(max_length=None, seed=0))
