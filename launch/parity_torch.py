@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from launch.parity_einkorn import Measured, Sample
-from models.families import family_for
+from models.families import table_of
 
 
 def measure_transformers(folder: Path, sample: Sample, dtypes: Sequence[str]) -> Iterator[Measured]:
@@ -48,7 +48,7 @@ def _paths_by_name(model: Any, folder: Path) -> dict[str, str]:
     """Our path of each parameter that belongs to no layer, by its name in transformers, which is that of its tensor in
     the files, but for some heads, as GPT-NeoX's.
     """
-    table = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8"))).WEIGHTS
+    table = table_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))).names
     path_of = {name: path for path, name in table.items() if not path.startswith("layers/")}
     ends = {"head/kernel": model.get_output_embeddings(), "embed/embedding": model.get_input_embeddings()}
     for path, module in ends.items():  # a tied head comes out as the embedding

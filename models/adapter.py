@@ -17,7 +17,7 @@ import numpy as np
 
 from models.config import DecoderConfig
 from models.decoder import Params, abstract_params
-from models.families import AsStored, family_for
+from models.families import AsStored, table_of
 from models.lora import MAGNITUDE, A, B, Lora, abstract_adapter, fused, is_adapter, merged
 from models.safetensors_file import Spec, Stored, read_header, write_tensors
 from models.selection import Names, names_of, short_names
@@ -153,7 +153,7 @@ def save_adapter(
 
 def describe(lora: Lora, config: DecoderConfig, hf_config: Mapping[str, Any], *, base: str) -> dict[str, Any]:
     """The adapter_config.json of an adapter."""
-    names, table = names_of(config, hf_config), family_for(hf_config).WEIGHTS
+    names, table = names_of(config, hf_config), table_of(hf_config).names
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -181,7 +181,7 @@ def abstract_trained(lora: Lora, config: DecoderConfig, *, dtype: Any) -> Params
 
 def places_of(lora: Lora, config: DecoderConfig, hf_config: Mapping[str, Any]) -> dict[str, Place]:
     """Where each leaf of an adapter lies in its file."""
-    names, table = names_of(config, hf_config), family_for(hf_config).WEIGHTS
+    names, table = names_of(config, hf_config), table_of(hf_config).names
     places = {}
     for path, leaf in paths(abstract_trained(lora, config, dtype=jnp.float32)).items():
         if is_adapter(path):

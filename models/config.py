@@ -68,6 +68,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     head_bias: bool = False
+    vision: Any = None  # a models.vision.Vision: features of pictures stand among the embeddings
 
     @property
     def layers(self) -> int:

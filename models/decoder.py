@@ -18,6 +18,7 @@ from models.moe import RouterStats
 from models.rope import document_lengths
 from models.sharding import ROWS, constrain
 from models.stack import Params, block_of, cast, periods, scan
+from models.vision import Images, abstract_vision, with_images
 
 __all__ = ["Cache", "Compute", "DecoderConfig", "Layer", "Params"]  # for those who read only this file
 
@@ -58,6 +59,8 @@ def abstract_params(config: DecoderConfig, *, dtype: Any) -> Params:
     }
     if config.learned_positions:
         params["positions"] = {"embedding": leaf(config.learned_positions, D)}
+    if config.vision is not None:
+        params |= abstract_vision(config.vision, D, dtype=dtype)
     head = ({} if config.tied_head else {"kernel": leaf(D, V)}) | ({"bias": leaf(V)} if config.head_bias else {})
     return params | ({"head": head} if head else {})
 
@@ -68,7 +71,8 @@ def init_params(key: jax.Array, config: DecoderConfig, *, dtype: Any) -> Params:
     def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
         if "scale" in name:
-            return jnp.full(leaf.shape, 1.0 - NORMS[config.norm].offset, leaf.dtype)
+            offset = 0.0 if "vision" in name else NORMS[config.norm].offset
+            return jnp.full(leaf.shape, 1.0 - offset, leaf.dtype)
         if "bias" in name:
             return jnp.zeros(leaf.shape, leaf.dtype)
         noise = jax.random.normal(jax.random.fold_in(key, _stable_hash(name)), leaf.shape, jnp.float32)
@@ -86,11 +90,13 @@ def hidden_states(
     segments_BL: jax.Array,
     compute: Compute,
     branches_BL: jax.Array | None = None,
+    images: Images | None = None,
 ) -> jax.Array:
     """The normed output of the last layer [B, L, D], in `compute.dtype`; `head` turns it into logits.
 
     With `branches_BL`, a document's tokens of branch 0 are followed by those of branches 1, 2, …, whose positions all
-    begin where branch 0 ends, and which do not see one another; of a model that `can_branch`.
+    begin where branch 0 ends, and which do not see one another; of a model that `can_branch`. `images` are the rows'
+    pictures, of a model with a tower.
     """
     return routed_hidden_states(
         params,
@@ -100,6 +106,7 @@ def hidden_states(
         segments_BL=segments_BL,
         compute=compute,
         branches_BL=branches_BL,
+        images=images,
     )[0]
 
 
@@ -119,11 +126,12 @@ def routed_hidden_states(
     segments_BL: jax.Array,
     compute: Compute,
     branches_BL: jax.Array | None = None,
+    images: Images | None = None,
 ) -> tuple[jax.Array, RouterStats | None]:
     """As `hidden_states`, and what the routers of all layers did, each leaf summed over them (None without experts)."""
     where = Where(positions_BL, positions_BL, segments_BL, segments_BL, branches_BL, branches_BL)
     lengths_BL = document_lengths(positions_BL, segments_BL)
-    x_BLD, _, stats = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=None)
+    x_BLD, _, stats = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=None, images=images)
     return x_BLD, stats
 
 
@@ -136,6 +144,7 @@ def cached_hidden_states(
     positions_BL: jax.Array,
     compute: Compute,
     lengths_B: jax.Array | None = None,
+    images: Images | None = None,
 ) -> tuple[jax.Array, Any]:
     """As `hidden_states` for new tokens that follow those in the cache, and that cache with them; a position beyond the
     cache's places is not stored. `lengths_B` is how long each row's text now is, where padding makes its last position
@@ -145,7 +154,7 @@ def cached_hidden_states(
     places_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (positions_BL.shape[0], S))
     where = Where(positions_BL, places_BS, jnp.ones_like(positions_BL), jnp.ones_like(places_BS))
     lengths_BL = None if lengths_B is None else lengths_B[:, None]
-    x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=cache)
+    x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=cache, images=images)
     assert new_cache is not None
     return x_BLD, new_cache
 
@@ -182,6 +191,7 @@ def _run(
     compute: Compute,
     *,
     cache: Any,
+    images: Images | None,
 ) -> tuple[jax.Array, Any, RouterStats | None]:
     road = Road(
         tables={
@@ -195,6 +205,9 @@ def _run(
         lora=compute.lora,
     )
     x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
+    if images is not None:
+        assert config.vision is not None, "pictures for a model without a tower"
+        x_BLD = with_images(params, config.vision, x_BLD, images, compute)
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
     layers = cast(params["layers"], compute.dtype)
     total: RouterStats | None = None

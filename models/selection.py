@@ -16,7 +16,7 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import abstract_params
-from models.families import family_for
+from models.families import table_of
 from models.layers import Block
 from models.linear import Linear
 from models.sharding import paths
@@ -41,7 +41,7 @@ class Names(NamedTuple):
 
 def names_of(config: DecoderConfig, hf_config: Mapping[str, Any]) -> Names:
     """The names of a model's leaves, by its family's table."""
-    table = family_for(hf_config).WEIGHTS
+    table = table_of(hf_config).names
     leaves = paths(abstract_params(config, dtype=jnp.float32))
     tensors = {path: find_place(path, leaf.shape, table[path]).names for path, leaf in leaves.items()}
     modules = {

@@ -27,9 +27,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/moe/experts/(gate|up|gate_up)/bias", (None, "expert", "tensor")),
     (r"layers/moe/experts/down/kernel", (None, "expert", "tensor", "fsdp")),
     (r"layers/moe/experts/down/bias", (None, "expert")),
-    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)/kernel(_values|_scale)?", (None, "fsdp", "tensor")),
-    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)/bias", (None, "tensor")),
-    (r"layers/.*/(o|down)/kernel(_values|_scale)?", (None, "tensor", "fsdp")),
+    (r"(vision/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/kernel(_values|_scale)?", (None, "fsdp", "tensor")),
+    (r"(vision/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/bias", (None, "tensor")),
+    (r"(vision/)?layers/.*/(o|down)/kernel(_values|_scale)?", (None, "tensor", "fsdp")),
+    (r"projector/.*/kernel", ("fsdp", "tensor")),
     (r".*", ()),
 )
 

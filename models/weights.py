@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.decoder import DecoderConfig, Params, abstract_params
-from models.families import family_for
+from models.families import table_of
 from models.hub import INDEX, SINGLE, weight_files
 from models.safetensors_file import Spec, Stored, copy_rows, read_header, write_tensors
 from models.sharding import nested, paths
@@ -55,11 +55,12 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Stored
 
     Returns the stored tensors by name, and the place of each leaf in them; raises as `load_params` does.
     """
-    family = family_for(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    table = table_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     leaves = paths(abstract_params(config, dtype=jnp.float32))
-    places = _places(leaves, family.WEIGHTS)
-    stored = _with_prefix(stored_tensors(folder), family.WEIGHTS[EMBEDDING])
-    _check(folder, stored, places, family.WEIGHTS, ignored=family.IGNORED, tied=config.tied_head)
+    places = _places(leaves, table.names)
+    named = {table.name_of(name): tensor for name, tensor in stored_tensors(folder).items()}
+    stored = _with_prefix(named, table.names[EMBEDDING])
+    _check(folder, stored, places, table.names, ignored=table.ignored, tied=config.tied_head)
     return stored, places
 
 
@@ -85,7 +86,7 @@ def save_folder(
     assert {p: x.shape for p, x in leaves.items()} == {p: x.shape for p, x in expected.items()}, (
         "not config's parameters"
     )
-    places = _places(leaves, family_for(hf_config).WEIGHTS)
+    places = _places(leaves, table_of(hf_config).names)
     origin = {name: (path, number) for path, place in places.items() for number, name in enumerate(place.names)}
     specs = {name: Spec(places[origin[name][0]].hf_shape, dtype) for name in sorted(origin, key=_by_layer)}
 

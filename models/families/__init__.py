@@ -3,7 +3,8 @@ files.
 
 A family is one module with `config(fields) -> DecoderConfig`, `WEIGHTS` (path in our tree → Hugging Face tensor name,
 `{i}` for the layer, `{e}` for the expert or head where that axis too is spread over several tensors) and `IGNORED`
-(patterns of tensors that carry nothing). It is found by `model_type`; adding one is a file here and a line below.
+(patterns of tensors that carry nothing); a model of several parts has in their place `table(hf_config) -> Table`, made
+of its parts'. It is found by `model_type`; adding one is a file here and a line below.
 
 Left out, since the decoder could compute them only with a branch for one family alone: mixtures of experts with
 ordinary MLPs between them (`mlp_only_layers`, `decoder_sparse_step` of Qwen's), OLMoE with `clip_qkv`, MXFP4 weights.
@@ -11,9 +12,10 @@ ordinary MLPs between them (`mlp_only_layers`, `decoder_sparse_step` of Qwen's),
 
 import importlib
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger("einkorn")
 
@@ -29,6 +31,7 @@ FAMILIES = {
     "gpt_oss": "models.families.gpt_oss",
     "granite": "models.families.granite",
     "llama": "models.families.llama",
+    "llava": "models.families.llava",
     "mistral": "models.families.mistral",
     "mixtral": "models.families.mixtral",
     "olmo2": "models.families.olmo2",
@@ -80,6 +83,22 @@ class Fields:
         self._read.add(name)
         return self._values[name]
 
+    def nested(self, name: str) -> dict[str, Any]:
+        """The configuration of a part of the model; where the file leaves out what is the default of its class, with
+        these defaults.
+        """
+        given = dict(self[name])
+        if "hidden_size" in given:
+            return given
+        from transformers import AutoConfig
+
+        defaults = AutoConfig.for_model(given["model_type"]).to_dict()
+        return {key: value for key, value in defaults.items() if value is not None and key not in HARMLESS} | given
+
+    def inside(self, name: str) -> "Fields":
+        """The fields of a part of the model."""
+        return Fields(self.nested(name))
+
     def get(self, name: str, default: Any) -> Any:
         """The value of a field, or what transformers takes when it is absent or null."""
         self._read.add(name)
@@ -117,6 +136,34 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
             f"not implemented yet: model_type {kind!r} in config.json; implemented: {', '.join(sorted(FAMILIES))}"
         )
     return importlib.import_module(FAMILIES[kind])
+
+
+class Table(NamedTuple):
+    """How a checkpoint calls its tensors: path in our tree → name, patterns of names that carry nothing, and what other
+    files call them instead, as pairs of a pattern and its replacement, applied in order.
+    """
+
+    names: Mapping[str, str]
+    ignored: Sequence[str]
+    renamed: Sequence[tuple[str, str]] = ()
+
+    def name_of(self, stored: str) -> str:
+        """What this table calls a tensor that a file calls `stored`."""
+        for pattern, replacement in self.renamed:
+            stored = re.sub(pattern, replacement, stored)
+        return stored
+
+
+def table_of(hf_config: Mapping[str, Any]) -> Table:
+    """The table of a Hugging Face configuration: its family's own, or what the family makes of its parts'."""
+    family = family_for(hf_config)
+    return family.table(hf_config) if hasattr(family, "table") else Table(family.WEIGHTS, family.IGNORED)
+
+
+def prefixed(table: Table, prefix: str) -> Table:
+    """The table of a model inside another one."""
+    names = {path: type(name)(f"{prefix}{name}") for path, name in table.names.items()}
+    return Table(names, [f"{re.escape(prefix)}{pattern}" for pattern in table.ignored])
 
 
 def decoder_config(hf_config: Mapping[str, Any]) -> Any:

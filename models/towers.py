@@ -1,0 +1,85 @@
+"""Vision towers by the `model_type` of a `vision_config`, which several families of vision-language models share: what
+they compute, and how their tensors are called.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.activations import ACTIVATIONS
+from models.config import DecoderConfig
+from models.families import AsStored, Fields
+from models.vision import vit
+
+LAYERS = {
+    "vision/layers/input_norm/scale": "encoder.layers.{i}.layer_norm1.weight",
+    "vision/layers/input_norm/bias": "encoder.layers.{i}.layer_norm1.bias",
+    **{
+        f"vision/layers/attention/{ours}/{leaf}": f"encoder.layers.{{i}}.self_attn.{theirs}.{name}"
+        for ours, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj"))
+        for leaf, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+    "vision/layers/post_norm/scale": "encoder.layers.{i}.layer_norm2.weight",
+    "vision/layers/post_norm/bias": "encoder.layers.{i}.layer_norm2.bias",
+    **{
+        f"vision/layers/mlp/{ours}/{leaf}": f"encoder.layers.{{i}}.mlp.{theirs}.{name}"
+        for ours, theirs in (("up", "fc1"), ("down", "fc2"))
+        for leaf, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+    "vision/norm/scale": "post_layernorm.weight",
+    "vision/norm/bias": "post_layernorm.bias",
+    "vision/patch/kernel": AsStored("embeddings.patch_embedding.weight"),
+    "vision/positions/embedding": "embeddings.position_embedding.weight",
+}
+CLIP = {
+    **LAYERS,
+    "vision/class/embedding": "embeddings.class_embedding",
+    "vision/pre_norm/scale": "pre_layrnorm.weight",
+    "vision/pre_norm/bias": "pre_layrnorm.bias",
+}
+SIGLIP = {**LAYERS, "vision/patch/bias": "embeddings.patch_embedding.bias"}
+WEIGHTS = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP}
+
+
+def layers_of(fields: Fields) -> DecoderConfig:
+    """The layers of a `CLIPVisionConfig` or a `SiglipVisionConfig`."""
+    fields.dropout("attention_dropout")
+    fields.expect("hidden_act", *ACTIVATIONS)
+    return vit(
+        width=fields["hidden_size"],
+        heads=fields["num_attention_heads"],
+        mlp_width=fields["intermediate_size"],
+        layers=fields["num_hidden_layers"],
+        activation=fields["hidden_act"],
+        eps=fields["layer_norm_eps"],
+    )
+
+
+def tower(fields: Fields) -> dict[str, Any]:
+    """The arguments of `models.vision.Vision` that say what a tower computes."""
+    kind = fields["model_type"]
+    if kind not in WEIGHTS:
+        raise ValueError(
+            f"not implemented yet: a vision_config of model_type {kind!r}; implemented: {', '.join(WEIGHTS)}"
+        )
+    for name in ("projection_dim", "initializer_factor", "vocab_size"):
+        fields.get(name, None)  # of heads and beginnings that a tower inside a model does not have
+    columns = fields["image_size"] // fields["patch_size"]
+    clip = kind == "clip_vision_model"
+    if not clip:
+        fields.expect("vision_use_head", False)  # its weights would be lost: no feature is made of them
+    return {
+        "layers": layers_of(fields),
+        "patch": fields["patch_size"],
+        "channels": fields.get("num_channels", 3),
+        "columns": columns,
+        "tile": columns * columns,
+        "class_token": clip,
+        "patch_bias": not clip,
+        "pre_norm": clip,
+    }
+
+
+def outputs(layers: int, asked: int | Sequence[int]) -> tuple[int, ...]:
+    """Which outputs `vision_feature_layer` means, by the number of layers before each; -1 is the last one's."""
+    several = (asked,) if isinstance(asked, int) else tuple(asked)
+    return tuple(number if number >= 0 else layers + 1 + number for number in several)

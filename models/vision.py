@@ -1,0 +1,213 @@
+"""From the patches of pictures to features that take the places of text embeddings.
+
+B rows, P patches of a row, C numbers of a patch, T tiles of all rows, p patches of a tile, E width of the tower, F
+features of a row, D width of the text model, L tokens.
+
+A tower is the decoder's own stack of layers without causality: all patches stand at position 0, and see those of their
+segment. What differs between families is in `Vision`, and in which of PROJECTORS leads to the text model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.activations import ACTIVATIONS
+from models.attention import Where
+from models.config import Compute, DecoderConfig, Layer
+from models.layers import Road, normed
+from models.linear import matrix_product
+from models.sharding import ROWS, constrain
+from models.stack import Params, block_of, cast, periods, scan
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Images(NamedTuple):
+    """The pictures of a batch of rows: `patches` [B, P, C], which segment each is of (0: none) [B, P], its row and
+    column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L].
+    """
+
+    patches: jax.Array
+    segments: jax.Array
+    places: jax.Array
+    features: jax.Array
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "Images | None":
+        """Those of a batch that has any."""
+        if "patches" not in batch:
+            return None
+        return cls(batch["patches"], batch["patch_segments"], batch["patch_places"], batch["image_features"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """What a checkpoint decides of its tower and what leads from it to the text model.
+
+    `layers` is the tower's stack, as a decoder's config without a vocabulary; `tile` how many patches a tile has, in
+    rows of `columns`. `takes` are the outputs that become features, by the number of layers before them, each without
+    the class token's where `drops_class`; None: the last one, normed.
+    """
+
+    layers: DecoderConfig
+    patch: int
+    channels: int
+    columns: int
+    tile: int
+    class_token: bool
+    patch_bias: bool
+    pre_norm: bool
+    takes: tuple[int, ...] | None
+    drops_class: bool
+    projector: str  # a name of PROJECTORS
+    projector_bias: bool
+    activation: str
+
+    @property
+    def width(self) -> int:
+        """Of what the projector reads."""
+        return self.layers.width * len(self.takes or (0,))
+
+
+def vit(*, width: int, heads: int, mlp_width: int, layers: int, activation: str, eps: float) -> DecoderConfig:
+    """The layers of a plain vision transformer (arXiv:2010.11929): pre-norm, biases everywhere, no gate."""
+    return DecoderConfig(
+        vocabulary=0,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_width=width // heads,
+        mlp_width=mlp_width,
+        activation=activation,
+        norm_eps=eps,
+        tied_head=True,
+        initializer_range=0.02,
+        each=(Layer(None, None),) * layers,
+        norm="layer",
+        norm_bias=True,
+        qkv_bias=True,
+        o_bias=True,
+        gated=False,
+        mlp_bias=True,
+    )
+
+
+def abstract_vision(vision: Vision, width: int, *, dtype: Any) -> Params:
+    """The subtrees `vision` and `projector` of a model whose text has this width, as `jax.ShapeDtypeStruct`s."""
+    E, stack = vision.layers.width, vision.layers
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    norm = {"scale": leaf(E), "bias": leaf(E)}
+    kernel = leaf(E, vision.channels, vision.patch, vision.patch)
+    tower: Params = {
+        "patch": {"kernel": kernel} | ({"bias": leaf(E)} if vision.patch_bias else {}),
+        "positions": {"embedding": leaf(vision.tile + vision.class_token, E)},
+        "layers": jax.tree.map(lambda one: leaf(stack.layers, *one.shape), block_of(stack)[1]),
+        "norm": norm,
+    }
+    if vision.class_token:
+        tower["class"] = {"embedding": leaf(E)}
+    if vision.pre_norm:
+        tower["pre_norm"] = dict(norm)
+    projector: Params = {}
+    for path, shape in PROJECTORS[vision.projector].shapes(vision, width).items():
+        module, name = path.split("/")
+        projector.setdefault(module, {})[name] = leaf(*shape)
+    return {"vision": tower, "projector": projector}
+
+
+def with_images(params: Params, vision: Vision, x_BLD: jax.Array, images: Images, compute: Compute) -> jax.Array:
+    """Embeddings [B, L, D] with the features of pictures in the places of those that stand for them."""
+    features_BFD = image_features(params, vision, images, compute)
+    at_BL = jnp.maximum(images.features - 1, 0)
+    taken_BLD = jnp.take_along_axis(features_BFD, at_BL[:, :, None], axis=1)
+    return jnp.where((images.features > 0)[:, :, None], taken_BLD.astype(x_BLD.dtype), x_BLD)
+
+
+def image_features(params: Params, vision: Vision, images: Images, compute: Compute) -> jax.Array:
+    """The features [B, F, D] of a row's pictures, one picture's after the other's."""
+    tower, projector = (cast(params[name], compute.dtype) for name in ("vision", "projector"))
+    B = images.patches.shape[0]
+    x_TPE, segments_TP = _embedded(tower, vision, images, compute.dtype)
+    outputs = _outputs(tower, vision, x_TPE, segments_TP, compute)
+    if vision.class_token and vision.drops_class:
+        outputs = [out_TPE[:, 1:] for out_TPE in outputs]
+    features_TPD = PROJECTORS[vision.projector].project(projector, vision, jnp.concatenate(outputs, axis=-1))
+    return constrain(features_TPD.reshape(B, -1, features_TPD.shape[-1]), ROWS, None, None)
+
+
+def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What the layers read: patches of all tiles [T, p, E], the class token first, and their segments."""
+    p, C = vision.tile, images.patches.shape[-1]
+    patches_TPC = images.patches.reshape(-1, p, C).astype(dtype)
+    segments_TP = images.segments.reshape(-1, p)
+    x_TPE = matrix_product(patches_TPC, tower["patch"]["kernel"].reshape(-1, C).T)
+    if "bias" in tower["patch"]:
+        x_TPE = x_TPE + tower["patch"]["bias"][None, None, :]
+    places_TP2 = images.places.reshape(-1, p, 2)
+    at_TP = places_TP2[..., 0] * vision.columns + places_TP2[..., 1]
+    if vision.class_token:
+        first = jnp.broadcast_to(tower["class"]["embedding"][None, None, :], (x_TPE.shape[0], 1, x_TPE.shape[2]))
+        x_TPE = jnp.concatenate([first, x_TPE], axis=1)
+        at_TP = jnp.pad(at_TP + 1, ((0, 0), (1, 0)))
+        segments_TP = jnp.concatenate([segments_TP[:, :1], segments_TP], axis=1)
+    x_TPE = x_TPE + tower["positions"]["embedding"][at_TP]
+    if vision.pre_norm:
+        x_TPE = normed(x_TPE, tower["pre_norm"]["scale"], tower["pre_norm"]["bias"], vision.layers)
+    return constrain(x_TPE, ROWS, None, None), segments_TP
+
+
+def _outputs(
+    tower: Params, vision: Vision, x_TPE: jax.Array, segments_TP: jax.Array, compute: Compute
+) -> list[jax.Array]:
+    """The outputs that become features; layers behind the last of these are not computed."""
+    stack, nowhere = vision.layers, jnp.zeros_like(segments_TP)
+    road = Road(
+        tables={},
+        where=Where(nowhere, nowhere, segments_TP, segments_TP),
+        reach=None,
+        attention=compute.attention,
+        lora=compute.lora,
+    )
+    takes = (stack.layers,) if vision.takes is None else vision.takes
+    outputs, done = {0: x_TPE}, 0
+    for stop in sorted(set(takes)):
+        for first, repeats, period in periods(stack.each[done:stop]):
+            x_TPE = scan(tower["layers"], x_TPE, None, done + first, repeats, period, stack, compute, road)[0]
+        outputs[stop] = x_TPE
+        done = max(done, stop)
+    if vision.takes is None:
+        return [normed(x_TPE, tower["norm"]["scale"], tower["norm"]["bias"], stack)]
+    return [outputs[take] for take in takes]
+
+
+class Projector(NamedTuple):
+    """What leads from a tower's outputs to the text model: the shapes of its leaves by path, for a text model of some
+    width; and the features [T, f, D] of outputs [T, p, E].
+    """
+
+    shapes: Callable[[Vision, int], Shapes]
+    project: Callable[[Params, Vision, jax.Array], jax.Array]
+
+
+def _mlp_shapes(vision: Vision, width: int) -> Shapes:
+    shapes: Shapes = {"up/kernel": (vision.width, width), "down/kernel": (width, width)}
+    return shapes | ({"up/bias": (width,), "down/bias": (width,)} if vision.projector_bias else {})
+
+
+def _mlp(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+    """Each output by itself, `down(act(up(x)))` (arXiv:2310.03744)."""
+    return _linear(projector["down"], ACTIVATIONS[vision.activation](_linear(projector["up"], x_TPE)))
+
+
+def _linear(layer: Params, x: jax.Array) -> jax.Array:
+    out = matrix_product(x, layer["kernel"])
+    return out + layer["bias"][None, None, :] if "bias" in layer else out
+
+
+PROJECTORS = {"mlp": Projector(_mlp_shapes, _mlp)}

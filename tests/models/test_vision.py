@@ -1,0 +1,228 @@
+"""Every vision-language family computes what transformers does: logits and gradients of rows with several pictures, one
+and none, and byte for byte through a folder.
+
+A family is a line of FAMILIES: its model, and how its pictures become patches.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from models.decoder import Compute, abstract_params, head, hidden_states
+from models.families import decoder_config, table_of
+from models.sharding import make_mesh, parameter_shardings, paths
+from models.vision import Images
+from models.weights import load_params, save_folder
+
+VOCABULARY, IMAGE, LENGTH = 96, 90, 24
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "initializer_range": 0.1,
+}
+PICTURES = (2, 1, 0)  # of each row
+
+
+class Family(NamedTuple):
+    """How a tiny model of a family is made, and how many tokens a picture takes."""
+
+    make: Callable[[], Any]
+    features: int
+
+
+def llava(text: Any, tower: Any, **kwargs: Any) -> Any:
+    config = transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE, **kwargs)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+FAMILIES = {
+    "llava, CLIP": Family(
+        lambda: llava(transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**TOWER, projection_dim=16)), 4
+    ),
+    "llava, CLIP, all outputs of two layers": Family(
+        lambda: llava(
+            transformers.Qwen2Config(**TEXT, tie_word_embeddings=True),
+            transformers.CLIPVisionConfig(**TOWER, projection_dim=16),
+            vision_feature_layer=[1, -1],
+            vision_feature_select_strategy="full",
+        ),
+        5,
+    ),
+    "llava, SigLIP": Family(
+        lambda: llava(
+            transformers.MistralConfig(**TEXT, sliding_window=None),
+            transformers.SiglipVisionConfig(**TOWER, vision_use_head=False),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        4,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request, tmp_path_factory) -> tuple[Family, Path, Any]:
+    """A family, a folder that transformers saved, and its model."""
+    torch.manual_seed(0)
+    chosen = FAMILIES[request.param]
+    model = chosen.make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases too, and norms that are not the identity
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("vision") / "model"
+    model.save_pretrained(folder)
+    return chosen, folder, model
+
+
+def rows(features: int, *, pictures: bool) -> dict[str, np.ndarray]:
+    """Rows of uneven lengths, with pictures or without, as both programs read them."""
+    random = np.random.default_rng(1)
+    tokens = random.integers(1, 80, (3, LENGTH)).astype(np.int32)
+    lengths = np.array([LENGTH, 17, 9])
+    numbers = np.zeros((3, LENGTH), np.int32)
+    if pictures:
+        for row, count in enumerate(PICTURES):
+            for n in range(count):
+                at = slice(2 + n * (features + 3), 2 + n * (features + 3) + features)
+                tokens[row, at] = IMAGE
+                numbers[row, at] = 1 + n * features + np.arange(features)
+    segments = (np.arange(LENGTH)[None, :] < lengths[:, None]).astype(np.int32)
+    pixels = random.normal(size=(sum(PICTURES), 3, 28, 28)).astype(np.float32)
+    return {"tokens": tokens * segments, "segments": segments, "features": numbers, "pixels": pixels}
+
+
+def images_of(given: dict[str, np.ndarray]) -> Images:
+    """The pictures as patches, those of a row one after the other."""
+    cut = given["pixels"].reshape(-1, 3, 2, 14, 2, 14).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 4, 3 * 14 * 14)
+    patches, segments = np.zeros((3, 8, cut.shape[-1]), np.float32), np.zeros((3, 8), np.int32)
+    places = np.zeros((3, 8, 2), np.int32)
+    taken = iter(cut)
+    for row, count in enumerate(PICTURES):
+        for n in range(count):
+            at = slice(4 * n, 4 * n + 4)
+            patches[row, at], segments[row, at] = next(taken), n + 1
+            places[row, at] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    return Images(*map(jnp.asarray, (patches, segments, places, given["features"])))
+
+
+def ours(folder: Path, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
+    """Our logits, and the gradients of a weighted sum of them under their Hugging Face names."""
+    hf_config = json.loads((folder / "config.json").read_text())
+    config = decoder_config(hf_config)
+    shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(folder, config, shardings=shardings, dtype=jnp.float32)
+
+    def total(params: Any) -> Any:
+        hidden = hidden_states(
+            params,
+            config,
+            tokens_BL=jnp.asarray(given["tokens"]),
+            positions_BL=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None, :], given["tokens"].shape),
+            segments_BL=jnp.asarray(given["segments"]),
+            compute=Compute(),
+            images=images_of(given) if pictures else None,
+        )
+        logits = head(params, config).logits(hidden)
+        return (logits * weights).sum(), logits
+
+    gradients, logits = jax.jit(jax.grad(total, has_aux=True))(params)
+    return np.asarray(logits), paths(gradients), table_of(hf_config).names
+
+
+def theirs(model: Any, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
+    model.zero_grad()
+    shown = {"pixel_values": torch.tensor(given["pixels"])} if pictures else {}
+    logits = model(
+        input_ids=torch.tensor(given["tokens"]).long(), attention_mask=torch.tensor(given["segments"]).long(), **shown
+    ).logits
+    (logits * torch.tensor(weights)).sum().backward()
+    return logits.detach().numpy()
+
+
+@pytest.mark.parametrize("pictures", [True, False], ids=["pictures", "text only"])
+def test_logits_and_gradients_are_those_of_transformers(family, pictures, tmp_path):
+    chosen, folder, model = family
+    given = rows(chosen.features, pictures=pictures)
+    weights = np.random.default_rng(2).normal(size=(3, LENGTH, VOCABULARY)).astype(np.float32)
+    weights *= given["segments"][:, :, None]
+    found, gradients, names = ours(folder, given, weights, pictures=pictures)
+    expected = theirs(model, given, weights, pictures=pictures)
+    has = given["segments"] > 0
+    np.testing.assert_allclose(found[has], expected[has], rtol=1e-4, atol=1e-4 * np.abs(expected[has]).max())
+    save_gradients(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    largest = max(np.abs(gradient).max() for gradient in stored.values())
+    for path, gradient in gradients.items():
+        spread = "{i}" in names[path]
+        for number, one in enumerate(np.asarray(gradient) if spread else np.asarray(gradient)[None]):
+            name = names[path].replace("{i}", str(number))
+            own = one.T if path.endswith("/kernel") and one.ndim == 2 else one
+            close = 1e-4 * max(np.abs(stored[name]).max(), 1e-3 * largest)  # some are zero but for rounding
+            np.testing.assert_allclose(own, stored[name], rtol=1e-4, atol=close, err_msg=name)
+
+
+def save_gradients(model: Any, folder: Path) -> None:
+    """A folder with gradients in the places of weights: transformers itself says what each is called."""
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        model.save_pretrained(folder)
+        for parameter, old in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(old)
+
+
+def test_a_folder_is_written_byte_for_byte_and_loads_strictly(family, tmp_path):
+    _, folder, model = family
+    hf_config = json.loads((folder / "config.json").read_text())
+    config = decoder_config(hf_config)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    shardings = parameter_shardings(abstract_params(config, dtype=jnp.float32), mesh)
+    params = load_params(folder, config, shardings=shardings, dtype=jnp.float32)
+    save_folder(tmp_path / "out", params, config, hf_config=hf_config, dtype=jnp.float32)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    loaded, report = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_older_names_of_tensors_are_understood(family, tmp_path):
+    _, folder, _ = family
+    config = decoder_config(json.loads((folder / "config.json").read_text()))
+    stored = load_file(folder / "model.safetensors")
+    older = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in stored.items()}
+    newer = {}
+    for name, tensor in stored.items():
+        inner = name.removeprefix("language_model.")
+        text = inner.replace("model.", "model.language_model.", 1)
+        newer[text if name.startswith("language_model.") else f"model.{name}"] = tensor
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    expected = load_params(folder, config, shardings=one, dtype=jnp.float32)
+    for names in (older, newer):
+        save_file(names, tmp_path / "model.safetensors")
+        found = load_params(tmp_path, config, shardings=one, dtype=jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
