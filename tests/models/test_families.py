@@ -2,9 +2,11 @@
 rows, with a cache, and byte for byte through a folder.
 
 A new line in `models.families.FAMILIES` is tested by itself with the sizes of TINY; VARIANTS adds what matters for one.
+Models with a vision tower are in test_vision.py.
 """
 
 import functools
+import importlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +188,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-CASES = [(kind, name) for kind in FAMILIES for name in VARIANTS.get(kind, {"as it comes": {}, "tied": TIED})]
+ALONE = [kind for kind, module in FAMILIES.items() if not hasattr(importlib.import_module(module), "table")]
+CASES = [(kind, name) for kind in ALONE for name in VARIANTS.get(kind, {"as it comes": {}, "tied": TIED})]
 
 
 class Case(NamedTuple):
