@@ -36,6 +36,7 @@ class Described(NamedTuple):
     base: str
     tokenizer: Any
     generation_config: Mapping[str, Any] | None
+    processor: Mapping[str, str]
 
 
 def write_model(folder: Path, parts: Parts, about: Described) -> None:
@@ -52,6 +53,7 @@ def write_model(folder: Path, parts: Parts, about: Described) -> None:
         dtype=about.dtype,
         tokenizer=about.tokenizer,
         generation_config=about.generation_config,
+        processor=about.processor,
     )
 
 
@@ -116,7 +118,14 @@ def _of_checkpoint(checkpoint: Path, mesh: Mesh, *, merge: bool) -> tuple[Parts,
     parts = Parts(trained, _load(original, config, dtype, mesh) if rest else None)
     tokenizer = load_tokenizer(str(original), chat_template=model["chat_template"]) if original.is_dir() else None
     about = Described(
-        config, model["hf_config"], dtype, lora, model.get("base", str(original)), tokenizer, _generation(original)
+        config=config,
+        hf_config=model["hf_config"],
+        dtype=dtype,
+        lora=lora,
+        base=model.get("base", str(original)),
+        tokenizer=tokenizer,
+        generation_config=_generation(original),
+        processor=weights.processor_files(original),
     )
     return parts, about
 
@@ -131,7 +140,16 @@ def _of_adapter(adapter: Path, mesh: Mesh) -> tuple[Parts, Described]:
     trained = adapters.load_adapter(adapter, lora, config, hf_config, mesh=mesh, dtype=dtype)
     parts = Parts(trained, _load(original, config, dtype, mesh))
     tokenizer = load_tokenizer(str(tokenizer_folder(named, original)))
-    return parts, Described(config, hf_config, dtype, lora, named.base, tokenizer, _generation(original))
+    return parts, Described(
+        config=config,
+        hf_config=hf_config,
+        dtype=dtype,
+        lora=lora,
+        base=named.base,
+        tokenizer=tokenizer,
+        generation_config=_generation(original),
+        processor=weights.processor_files(original),
+    )
 
 
 def _load(folder: Path, config: DecoderConfig, dtype: Any, mesh: Mesh) -> Params:

@@ -40,6 +40,7 @@ from launch.samples import sample_answers
 from models.decoder import Params
 from models.lora import Parts, merged
 from models.sharding import replicas
+from models.weights import processor_files
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
 from trainers.environment import describe_environment
@@ -283,6 +284,7 @@ def export(folder: Path, parts: Parts, model: Model, *, mode: str) -> None:
         base=model.base,
         tokenizer=model.tokenizer,
         generation_config=model.generation_config,
+        processor=processor_files(model.folder),
     )
     if model.lora is None or mode == "MERGED":
         write_model(folder, parts, about)

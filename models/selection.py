@@ -27,6 +27,15 @@ ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = {"phi": ("q_proj", "v_proj", "fc1", "fc2")}
 
 
+# Parts of a model that sees, by names that hold for all families: which paths each has.
+PARTS: dict[str, Callable[[str], bool]] = {
+    "vision_encoder": lambda path: path.startswith("vision/"),
+    "vision_tower": lambda path: path.startswith("vision/"),
+    "multi_modal_projector": lambda path: path.startswith("projector/"),
+    "language_model": lambda path: not path.startswith(("vision/", "projector/")),
+}
+
+
 class Names(NamedTuple):
     """What Hugging Face calls a model's leaves: path → one name for each layer (or one in all).
 
@@ -122,12 +131,15 @@ def whole_leaves(names: Names, modules: Sequence[str]) -> tuple[str, ...]:
 
 
 def frozen_leaves(names: Names, layers: Sequence[str]) -> frozenset[str]:
-    """The paths of all leaves under these dotted paths from the model's root, `model.embed_tokens`; each may be a
-    regular expression.
+    """The paths of all leaves under these dotted paths from the model's root, `model.embed_tokens`, each of which may
+    be a regular expression; or of one of PARTS, of a model that has it.
     """
     found: set[str] = set()
     for layer in layers:
         key = "model.freeze_layers"
+        if layer in PARTS and any(map(PARTS["vision_encoder"], names.tensors)):
+            found |= set(filter(PARTS[layer], names.tensors))
+            continue
         pattern = re.compile(rf"(?:{_compiled(layer, key).pattern})(?:\..*)?")
         matched = _of_all_layers(names.tensors, pattern.fullmatch, layer)
         if not matched:

@@ -73,11 +73,13 @@ def save_folder(
     dtype: Any,
     tokenizer: Any = None,
     generation_config: Mapping[str, Any] | None = None,
+    processor: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a folder that transformers and vLLM load: config, weights as `dtype` in safetensors, tokenizer.
 
-    `hf_config` is the original `config.json`; only its dtype changes. Every process calls this and the first one
+    `hf_config` is the original `config.json`; only its dtype changes. `processor` are the files that say how pictures
+    are prepared, by name, as `processor_files` reads them. Every process calls this and the first one
     writes. The folder (or, where it exists, its config.json) appears once all of it is on disk; its other files are
     left alone.
     """
@@ -102,6 +104,8 @@ def save_folder(
                 _write_json(part / "generation_config.json", generation_config)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
+            for name, text in (processor or {}).items():
+                (part / name).write_text(text, encoding="utf-8")
     else:  # fetching a tensor that is spread over processes is collective: all take part, in the same order
         for name in specs:
             tensor(name)
@@ -109,6 +113,12 @@ def save_folder(
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices(f"saved {folder.name}")
+
+
+def processor_files(folder: Path) -> dict[str, str]:
+    """The files of a model folder that say how pictures are prepared, by name; none of a model that takes none."""
+    names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -21,6 +21,7 @@ import jax
 import pytest
 
 from tests.tiny import completions, conversations, tiny_chat_model  # noqa: F401  # fixtures for all tests
+from tests.tiny_vision import coloured_rows, tiny_seeing_model  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 

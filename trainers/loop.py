@@ -179,13 +179,13 @@ def device_batch(host: HostBatch, mesh: Mesh, *, part: Part | None = None) -> Ba
 
     def piece(value: np.ndarray) -> jax.Array:
         assert part is not None
-        A, _, L = value.shape
+        A, _, *rest = value.shape
 
         def held(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(part.rows)
-            return value[index[0], start - part.first : stop - part.first, index[2]]
+            return value[(index[0], slice(start - part.first, stop - part.first), *index[2:])]
 
-        return jax.make_array_from_callback((A, part.rows, L), sharding, held)
+        return jax.make_array_from_callback((A, part.rows, *rest), sharding, held)
 
     return {name: whole(value) if part is None else piece(value) for name, value in host.items()}
 

@@ -14,6 +14,7 @@ from models.config import Compute, DecoderConfig
 from models.decoder import Params, head, routed_hidden_states
 from models.lora import merged, with_dropout
 from models.moe import RouterStats
+from models.vision import Images
 from trainers.logprobs import row_sums, token_scores
 from trainers.preference import desensitized
 from trainers.reference import Frozen, reference_params
@@ -52,6 +53,7 @@ class Scorer(NamedTuple):
             positions_BL=batch["positions"],
             segments_BL=segments_BL,
             branches_BL=branches_BL if self.shared else None,
+            images=Images.of(batch),
             compute=self.compute,
         )
         out = head(params, self.config)

@@ -10,6 +10,7 @@ import jax
 from models.decoder import Compute, DecoderConfig, head, routed_hidden_states
 from models.lora import merged, with_dropout
 from models.moe import load_balancing_loss
+from models.vision import Images
 from trainers.losses import Sum, cross_entropy
 from trainers.step import Batch, Loss, Params, Sums
 
@@ -17,8 +18,8 @@ from trainers.step import Batch, Loss, Params, Sums
 def sft_loss(
     config: DecoderConfig, *, compute: Compute, kind: str = "nll", label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Loss:
-    """The loss of a microbatch [B, L] of `tokens, targets, weights, segments, positions`, as a `Sum` over trained
-    tokens.
+    """The loss of a microbatch [B, L] of `tokens, targets, weights, segments, positions`, and of pictures if it has
+    any, as a `Sum` over trained tokens.
 
     `kind` is TRL's `loss_type`: "nll", or "dft" (each token's loss weighted by its own probability, arXiv:2508.05629).
     `label_smoothing` mixes in the mean over the vocabulary, as transformers' LabelSmoother; it has no effect on "dft".
@@ -39,6 +40,7 @@ def sft_loss(
             positions_BL=batch["positions"],
             segments_BL=batch["segments"],
             compute=compute,
+            images=Images.of(batch),
         )
         out = head(params, config)
         total, others = cross_entropy(
