@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from input_pipeline import fields
-from input_pipeline.examples import Chat, Example, Message, Preference, Prompt, RowError, Side, show
+from input_pipeline.examples import Chat, Completion, Example, Message, Preference, Prompt, RowError, Side, show
 from input_pipeline.images import Picture, from_base64
 
 MARK = "<image>"  # in text, a picture of the column
@@ -55,7 +55,7 @@ def without_pictures(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def pictures_of(example: Example) -> tuple[Picture, ...]:
     """The pictures of an example, in their order; RowError where an answer to choose from has one."""
-    if isinstance(example, Preference) and any(_pictures(side) for side in (example.chosen, example.rejected)):
+    if isinstance(example, Preference) and [*_pictures(example.chosen), *_pictures(example.rejected)]:
         raise RowError("not implemented yet: a picture in chosen or rejected; it may stand in the prompt", "image")
     if isinstance(example, Chat):
         return tuple(_pictures(example.messages))
@@ -75,6 +75,9 @@ def with_column(example: Example, row: Mapping[str, Any]) -> Example:
         return example
     given = row[column] if isinstance(row[column], list | tuple) else [row[column]]
     pictures = [to_picture(item, f"{column}[{i}]") for i, item in enumerate(given)]
+    if isinstance(example, Completion):  # pictures stand in messages only
+        said = ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion})
+        example, sides = Chat(messages=said, prompt_messages=1), ["messages"]
     if isinstance(example, Prompt):
         example = replace(example, columns={k: v for k, v in example.columns.items() if k != column})
     count = asked or marked or len(pictures)
@@ -83,12 +86,14 @@ def with_column(example: Example, row: Mapping[str, Any]) -> Example:
         raise RowError(f"{column} has {len(pictures)} pictures, and there are {count} {where}", "image")
     left = iter(pictures)
     if asked or marked:
-        return _changed(example, **{name: _filled(getattr(example, name), left, bool(asked)) for name in sides})
+        return _changed(
+            example, **{name: _filled(getattr(example, name), _role(name), left, bool(asked)) for name in sides}
+        )
     name = next((name for name in ("messages", "prompt") if name in sides), None)
     if name is None:
         raise RowError(f"{column} has pictures, and a row of this format has no place for them", "image")
     example = _changed(example, **{name: _put_first(getattr(example, name), left)})
-    return _changed(example, **{n: _as_messages(getattr(example, n), "assistant") for n in sides if n != name})
+    return _changed(example, **{n: _as_messages(getattr(example, n), _role(n)) for n in sides if n != name})
 
 
 def to_picture(item: Any, path: str) -> Picture:
@@ -182,6 +187,10 @@ def _marks(side: Any) -> int:
     return sum(text_of(content).count(MARK) for content in _contents(side))
 
 
+def _role(name: str) -> str:
+    return "user" if name == "prompt" else "assistant"
+
+
 def _changed(example: Any, **sides: Any) -> Example:
     return replace(example, **sides)
 
@@ -190,9 +199,9 @@ def _as_messages(side: Side, role: str) -> tuple[Message, ...]:
     return ({"role": role, "content": side},) if isinstance(side, str) else side
 
 
-def _filled(side: Any, left: Iterator[Picture], by_parts: bool) -> Any:
+def _filled(side: Any, role: str, left: Iterator[Picture], by_parts: bool) -> Any:
     """A side with pictures in its unfilled parts, or at its marks."""
-    messages = _as_messages(side, "user")
+    messages = _as_messages(side, role)
     changed = []
     for message in messages:
         content = message.get("content")

@@ -123,6 +123,8 @@ def picture_arrays(
         n = len(one.patches)
         arrays["patches"][r, :n], arrays["patch_segments"][r, :n] = one.patches, one.segments
         arrays["patch_places"][r, :n] = one.places
+        for name, array in one.more.items():
+            arrays.setdefault(name, np.zeros((*shape, patches, *array.shape[1:]), array.dtype))[r, :n] = array
     beside = [token_arrays(line, each, processor) for line, each in zip(lines, prepared, strict=True)]
     for name, first in beside[0].items():
         arrays[name] = np.zeros((*shape, length, *first.shape[1:]), first.dtype)
@@ -139,7 +141,10 @@ def token_arrays(line: Line, prepared: Sequence[Prepared], processor: Processor)
     for segment, one in enumerate(prepared, 1):
         here = np.flatnonzero(line.segments == segment)
         for seen in [here] if branches is None else _along(branches, line.positions, here):
-            for name, array in processor.token_arrays(line.columns[seen, 0], before, [one]).items():
+            trained = line.columns[seen, 2] > 0
+            prefix = int(np.argmax(trained)) + 1 if trained.any() else None
+            of_tokens = processor.token_arrays(line.columns[seen, 0], before, one, prefix=prefix)
+            for name, array in of_tokens.items():
                 if name not in found:
                     found[name] = np.zeros((len(line.columns), *array.shape[1:]), array.dtype)
                 found[name][seen] = array

@@ -82,7 +82,7 @@ class Pictures:
         if (count := int(own.sum())) < expected:
             return RowError(
                 f"its pictures are {expected // times} tokens, and {count // times} fit: a picture is never cut;"
-                " raise model.model_max_length, or let pictures be smaller (model.processor_kwargs)",
+                " allow longer rows or prompts, or make pictures smaller by model.processor_kwargs",
                 "length",
             )
         if count > expected:

@@ -9,7 +9,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 _LLAMA3_PAD = (
     "<|finetune_right_pad_id|>"  # reserved for padding in the vocabulary of Llama 3.1 and later, but not named
 )
-_OF_MODEL_TYPE = {"gpt2": "gpt2"}  # families whose own tokenizer has no chat template
+_OF_MODEL_TYPE = {"gpt2": "gpt2", "paligemma": "paligemma"}  # families whose own tokenizer has no chat template
 
 
 def load_tokenizer(

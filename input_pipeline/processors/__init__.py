@@ -17,6 +17,14 @@ __all__ = ["FAMILIES", "Prepared", "Processor", "open_processor"]
 
 FAMILIES = {
     "llava": "input_pipeline.processors.llava",
+    "qwen2_vl": "input_pipeline.processors.qwen_vl",
+    "qwen2_5_vl": "input_pipeline.processors.qwen_vl",
+    "qwen3_vl": "input_pipeline.processors.qwen_vl",
+    "mllama": "input_pipeline.processors.mllama",
+    "gemma3": "input_pipeline.processors.gemma3",
+    "paligemma": "input_pipeline.processors.paligemma",
+    "idefics3": "input_pipeline.processors.idefics3",
+    "smolvlm": "input_pipeline.processors.idefics3",
 }
 _FILES = ("processor_config.json", "preprocessor_config.json")  # the later one wins where both say something
 

@@ -11,6 +11,7 @@ from input_pipeline.processors.processor import (
     Size,
     image_processor,
     of_tiles,
+    size_made,
     token_id,
 )
 
@@ -38,7 +39,7 @@ def open(settings: Settings) -> Llava:
         raise NotImplementedError(f"not implemented yet: llava with a vision tower of model_type {tower!r}")
     size, patch = vision.get("image_size", 224), vision.get("patch_size", 32)
     image = image_processor(settings.image, "CLIPImageProcessor")
-    made = _size_made(image)
+    made = size_made(image)
     if made != (size, size):
         raise ValueError(f"the image processor makes pictures of {made}, and the vision tower takes {(size, size)}")
     has_class = tower == "clip_vision_model"
@@ -55,9 +56,3 @@ def open(settings: Settings) -> Llava:
         patch=patch,
         features=features,
     )
-
-
-def _size_made(image: Any) -> tuple[int | None, int | None]:
-    """Height and width of what an image processor makes, None where that is not fixed."""
-    size = getattr(image, "crop_size", None) if getattr(image, "do_center_crop", False) else image.size
-    return (size["height"], size["width"]) if size is not None and size["height"] else (None, None)

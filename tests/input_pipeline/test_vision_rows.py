@@ -3,13 +3,18 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from input_pipeline.pairs import Laid
 from input_pipeline.pipeline import eval_feed, train_feed
 from input_pipeline.processors import open_processor
+from input_pipeline.prompts import Limit, read_prompts
 from input_pipeline.reading import Reading, read_data
 
 LLAVA = (
@@ -276,3 +281,88 @@ def test_a_model_without_pictures_refuses_them(folder, tokenizer):
     row = _chat({"type": "image_path", "content": "0.png"}, ASK)
     with pytest.raises(ValueError, match=r"row 1 of .*: has a picture, and the model takes none"):
         read_data(_split(folder, [row]), tokenizer, reading=Reading(max_length=None, seed=0))
+
+
+def test_paligemma_has_its_pictures_first_and_its_answer_after_the_prompt(folder, tokenizer_maker, tmp_path):
+    tokenizer = tokenizer_maker(template="paligemma")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<bos>"]})
+    tokenizer.bos_token = "<bos>"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 28, "width": 28}}))
+    config = {"model_type": "paligemma", "vision_config": {"image_size": 28, "patch_size": 14}}
+    processor = open_processor(config, tmp_path, tokenizer)
+    row = {"prompt": "<image>caption en", "completion": "a cat", "image": "0.png"}
+    feed = eval_feed(
+        {"validation": (split := _split(folder, [row])), "train": split},
+        tokenizer,
+        reading=Reading(max_length=64, seed=0, processor=processor),
+        rows_per_step=1,
+    )
+    batch = {name: array[0, 0] for name, array in next(feed.batches).items()}
+    prompt = tokenizer("<image>" * 4 + "<bos>caption en\n")["input_ids"]
+    answer = tokenizer("a cat<|im_end|>")["input_ids"]
+    assert batch["tokens"][: len(prompt + answer)].tolist() == prompt + answer
+    assert batch["groups"].tolist() == [1] * len(prompt) + [0] * (64 - len(prompt))
+    assert batch["targets"][batch["weights"] > 0].tolist() == answer
+
+
+def test_preferences_share_the_pictures_of_their_prompt(folder, speaker, processor):
+    rows = [
+        {"prompt": "What is this?", "images": ["0.png"], "chosen": "A cat.", "rejected": "A dog."},
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]}],
+            "images": [{"bytes": base64.b64encode(_png(1)).decode()}],
+            "chosen": [{"role": "assistant", "content": "A bird."}],
+            "rejected": [{"role": "assistant", "content": "A fish."}],
+        },
+    ]
+    split = _split(folder, rows, dataset_name="vision_dpo_jsonl", collator_name="dpo_with_padding")
+    reading = Reading(max_length=64, seed=0, processor=processor, trainer="TRL_DPO", answers="trl")
+    feeds = [
+        eval_feed(
+            {"validation": split, "train": split},
+            speaker,
+            reading=reading,
+            rows_per_step=2,
+            lay_out=lambda data, rows, shared=shared: Laid(shared=shared),
+        )
+        for shared in (True, False)
+    ]
+    for feed, times in zip(feeds, (1, 2), strict=True):
+        batch = next(feed.batches)
+        assert batch["patches"].shape == (1, 2, 4, 588)
+        for row in range(2):
+            features = batch["image_features"][0, row]
+            assert features[features > 0].tolist() == [1, 2, 3, 4] * times
+            assert (batch["tokens"][0, row][features > 0] == processor.feature_id).all()
+            assert not batch["weights"][0, row][features > 0].any()
+
+
+def test_a_prompt_to_be_answered_has_its_pictures_with_it(folder, speaker, processor):
+    rows = [
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, ASK]}], "images": ["0.png"], "answer": "cat"},
+        {"prompt": [{"role": "user", "content": "No picture?"}], "answer": "none"},
+    ]
+    reading = Reading(max_length=None, seed=0, processor=processor, trainer="TRL_GRPO")
+    prompts = read_prompts(_split(folder, rows, collator_name=None), speaker, reading=reading)
+    first, second = prompts[0], prompts[1]
+    assert speaker.decode(first.ids) == (
+        "<|im_start|>user\n" + "<image>" * 4 + "\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert first.columns == {"answer": "cat"}
+    assert first.prompt[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    assert first.pictures.patches.shape == (4, 588)
+    assert second.pictures is None
+    verls = {
+        "data_source": "cats",
+        "prompt": [{"role": "user", "content": "<image>What is this?"}],
+        "images": [{"bytes": _png(0), "path": None}],
+        "reward_model": {"style": "rule", "ground_truth": "cat"},
+    }
+    path = folder / "verl.parquet"
+    pq.write_table(pa.Table.from_pylist([verls]), path)
+    split = {"datasets": [{"dataset_path": str(path)}]}
+    verl = read_prompts(split, speaker, reading=replace(reading, trainer="VERL_GRPO"))
+    assert verl[0].ids == first.ids
+    assert np.array_equal(verl[0].pictures.patches, first.pictures.patches)
+    with pytest.raises(ValueError, match="its pictures are 4 tokens, and 1 fit"):
+        read_prompts(_split(folder, rows), speaker, reading=reading, limit=Limit(len(first.ids) - 6, "left"))
