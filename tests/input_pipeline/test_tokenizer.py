@@ -24,6 +24,7 @@ RENDERED = {
     "llama3-instruct": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>",
+    "paligemma": "<s>Be brief. \n Hi\nHello</s>",
     "phi3-instruct": "<|system|>\nBe brief. <|end|>\n<|user|>\n Hi<|end|>\n<|assistant|>\nHello<|end|>\n",
     "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n",
 }
@@ -34,6 +35,7 @@ PROMPTS = {
     "gemma2-it": "<start_of_turn>model\n",
     "gpt2": "",
     "llama3-instruct": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "paligemma": "",
     "phi3-instruct": "<|assistant|>\n",
     "zephyr": "<|assistant|>\n",
 }
