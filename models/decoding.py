@@ -49,7 +49,8 @@ def for_decoding(
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "apart"))
 def _made(params: Params, *, config: DecoderConfig, compute: Compute, apart: bool) -> Params:
-    params = params | {"embed": cast(params["embed"], compute.dtype)}
+    params = {name: part for name, part in params.items() if name not in ("vision", "projector")}  # seen already
+    params["embed"] = cast(params["embed"], compute.dtype)
     if KERNEL in params.get("head", {}):
         params["head"] = params["head"] | {KERNEL: params["head"][KERNEL].astype(compute.dtype)}
     if not apart:

@@ -24,6 +24,7 @@ from models.decoding import for_decoding
 from models.sampling import Drawn, Sampling, check_sampling
 from models.sharding import replicas
 from models.slots import NONE, Placement, Prefilled, Rows
+from models.vision import Shown, stacked
 
 BUCKET = 64  # prompts and caches are padded to multiples of this at least, so that few shapes are compiled
 FEWEST_PLACES = 256  # of a slot; from there on they double, while answers grow
@@ -32,11 +33,21 @@ STOPS = 8  # stop ids are padded to a multiple of this
 
 
 class Request(NamedTuple):
-    """A prompt, the number that its draws depend on, and how many tokens its answer has at most."""
+    """A prompt, the number that its draws depend on, how many tokens its answer has at most, and the prompt's pictures,
+    one object for all requests that show the same.
+    """
 
     prompt: tuple[int, ...]
     number: int
     longest: int
+    shown: Shown | None = None
+
+
+class Asked(NamedTuple):
+    """What is prefilled once: a prompt and, by a number, its pictures."""
+
+    prompt: tuple[int, ...]
+    shown: int
 
 
 class Settings(NamedTuple):
@@ -107,8 +118,11 @@ class _Engine:
         self.stop_ids_K = np.array(stop_ids + [NONE] * (-len(stop_ids) % STOPS or STOPS * (not stop_ids)), np.int32)
         self.answers = [Answer() for _ in requests]
         self.waiting = deque(range(len(requests)))
-        self.wanted = Counter(request.prompt for request in requests)  # by those that wait
-        self.shelf: dict[tuple[int, ...], tuple[Prefilled, int]] = {}  # prompts that are prefilled, and wanted
+        self.pictures = {id(request.shown): request.shown for request in requests}
+        numbers = {one: number for number, one in enumerate(self.pictures)}
+        self.asked = [Asked(request.prompt, numbers[id(request.shown)]) for request in requests]
+        self.wanted = Counter(self.asked)  # by those that wait
+        self.shelf: dict[Asked, tuple[Prefilled, int]] = {}  # prompts that are prefilled, and wanted
         self.owner: dict[int, int] = {}  # slot → request
         self.most = max(_places(len(r.prompt) + r.longest, len(r.prompt)) for r in requests)
         self.rows: Rows | None = None
@@ -136,11 +150,11 @@ class _Engine:
 
     def _fill(self, taken: dict[int, int]) -> Iterator[tuple[int, Answer]]:
         """Put requests into slots and draw the first token of each."""
-        self._prefill({self.requests[index].prompt for index in taken.values()})
+        self._prefill({self.asked[index] for index in taken.values()})
         self._grow(taken)
         assert self.rows is not None
         for batch in {id(batch): batch for batch, _ in self.shelf.values()}.values():
-            mine = {s: i for s, i in taken.items() if self.shelf[self.requests[i].prompt][0] is batch}
+            mine = {s: i for s, i in taken.items() if self.shelf[self.asked[i]][0] is batch}
             if not mine:
                 continue
             with self._on_mesh():
@@ -151,35 +165,42 @@ class _Engine:
             first = _host(drawn)
             for column, slot in enumerate(mine):
                 yield self._add(slot, first, np.s_[column : column + 1])
-        self.wanted -= Counter(self.requests[index].prompt for index in taken.values())
-        self.shelf = {prompt: place for prompt, place in self.shelf.items() if self.wanted[prompt]}
+        self.wanted -= Counter(self.asked[index] for index in taken.values())
+        self.shelf = {asked: place for asked, place in self.shelf.items() if self.wanted[asked]}
 
-    def _prefill(self, prompts: Collection[tuple[int, ...]]) -> None:
+    def _prefill(self, asked: Collection[Asked]) -> None:
         """Prompts that are not on the shelf yet, those of like lengths together; where they are few, with those that
         come next, since few are computed no faster than some.
         """
-        missing = set(prompts) - set(self.shelf)
+        missing = set(asked) - set(self.shelf)
         for index in self.waiting if missing else ():
             if len(missing) >= AHEAD:
                 break
-            missing |= {self.requests[index].prompt} - set(self.shelf)
-        new: dict[int, list[tuple[int, ...]]] = {}
-        for prompt in sorted(missing):
-            new.setdefault(_bucket(len(prompt)), []).append(prompt)
-        for length, some in ((length, part) for length, alike in new.items() for part in _powers_of_two(alike)):
-            tokens_UL = np.full((len(some), length), NONE, np.int32)
-            for row, prompt in enumerate(some):
-                tokens_UL[row, : len(prompt)] = prompt
-            with self._on_mesh():
-                batch = slots.prefill(
-                    self.params, tokens_UL, config=self.config, compute=self.compute, sampling=self.settings.sampling
-                )
-            self.shelf |= {prompt: (batch, row) for row, prompt in enumerate(some)}
+            missing |= {self.asked[index]} - set(self.shelf)
+        shown = list(self.pictures.values())
+        alike: dict[tuple[int, bool], list[Asked]] = {}
+        for one in sorted(missing):
+            alike.setdefault((_bucket(len(one.prompt)), shown[one.shown] is None), []).append(one)
+        for (length, _), every in alike.items():
+            for some in _powers_of_two(every):
+                tokens_UL = np.full((len(some), length), NONE, np.int32)
+                for row, one in enumerate(some):
+                    tokens_UL[row, : len(one.prompt)] = one.prompt
+                with self._on_mesh():
+                    batch = slots.prefill(
+                        self.params,
+                        tokens_UL,
+                        stacked([shown[one.shown] for one in some], self.config.vision, length=length),
+                        config=self.config,
+                        compute=self.compute,
+                        sampling=self.settings.sampling,
+                    )
+                self.shelf |= {one: (batch, row) for row, one in enumerate(some)}
 
     def _placement(self, mine: dict[int, int]) -> Placement:
         """Where these requests go; more than one are padded to all slots, so that two shapes are compiled."""
         rows = [
-            (self.shelf[(request := self.requests[index]).prompt][1], slot, request.number, request.longest)
+            (self.shelf[self.asked[index]][1], slot, (request := self.requests[index]).number, request.longest)
             for slot, index in mine.items()
         ]
         rows += [(0, self.slots, 0, 0)] * (self.slots - len(rows) if len(rows) > 1 else 0)

@@ -11,8 +11,9 @@ import numpy as np
 from models.decoder import Compute, DecoderConfig, Params
 from models.engine import Answer, Request, Settings, answer_requests
 from models.sampling import GREEDY, Sampling
+from models.vision import Shown
 
-__all__ = ["GREEDY", "Generated", "Sampling", "complete", "generate", "stop_ids_of", "stream"]
+__all__ = ["GREEDY", "Generated", "Sampling", "Shown", "complete", "generate", "stop_ids_of", "stream"]
 
 SLOTS = 64  # answered at once; more prompts wait
 BLOCK = 8  # decode steps in one dispatch: the host looks at the tokens, and fills free slots, this often
@@ -48,22 +49,25 @@ def complete(
     compute: Compute | None = None,
     slots: int = SLOTS,
     block: int = BLOCK,
+    shown: Sequence[Shown | None] | None = None,
 ) -> list[Generated]:
     """The answer to every prompt, of at most `max_new_tokens` (one number, or one for each).
 
     What is drawn depends on `seed` and on the prompt's number, `numbers` or its place: whoever generates in parts tells
     the numbers of the whole. An answer also ends where its text, by `decode`, has one of `stop_strings`; its tokens are
     then those whose text is before it. `slots` requests are answered at once, `block` steps between two looks of the
-    host. ValueError for an empty prompt and settings that cannot be.
+    host. `shown` are the prompts' pictures. ValueError for an empty prompt and settings that cannot be.
     """
     longest = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     numbers = range(len(prompts)) if numbers is None else numbers
-    if not len(prompts) == len(longest) == len(numbers):
+    shown = [None] * len(prompts) if shown is None else shown
+    if not len(prompts) == len(longest) == len(numbers) == len(shown):
         raise ValueError(
-            f"generate: {len(prompts)} prompts, {len(longest)} of max_new_tokens and {len(numbers)} numbers: one for "
-            "each prompt is needed"
+            f"generate: {len(prompts)} prompts, {len(longest)} of max_new_tokens, {len(numbers)} numbers, pictures of "
+            f"{len(shown)}: one for each prompt is needed"
         )
-    requests = [Request(tuple(p), n, most) for p, n, most in zip(prompts, numbers, longest, strict=True)]
+    each = zip(prompts, numbers, longest, shown, strict=True)
+    requests = [Request(tuple(prompt), number, most, seen) for prompt, number, most, seen in each]
     settings = Settings(sampling, stop_ids, seed, slots, block, _ends(stop_strings, decode))
     answers: dict[int, Answer] = {}
     compute = _compute(params, compute)
@@ -82,6 +86,7 @@ def generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     compute: Compute | None = None,
+    shown: Sequence[Shown | None] | None = None,
 ) -> list[list[int]]:
     """The new token ids of every prompt, up to and without the first stop id, at most `max_new_tokens` of them."""
     found = complete(
@@ -93,6 +98,7 @@ def generate(
         sampling=sampling,
         seed=seed,
         compute=compute,
+        shown=shown,
     )
     return [answer.tokens for answer in found]
 
@@ -107,10 +113,11 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     compute: Compute | None = None,
+    shown: Shown | None = None,
 ) -> Iterator[int]:
     """The new token ids of one prompt, one by one as they are drawn."""
     settings = Settings(sampling, stop_ids, seed, slots=1, block=1)
-    requests, given = [Request(tuple(prompt), 0, max_new_tokens)], 0
+    requests, given = [Request(tuple(prompt), 0, max_new_tokens, shown)], 0
     for _, answer in answer_requests(params, config, requests, settings=settings, compute=_compute(params, compute)):
         yield from answer.ids[given : answer.kept]
         given = answer.kept

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from models.decoder import Cache, Compute, DecoderConfig, Params, cached_hidden_states, empty_cache, head, layers_apart
 from models.sampling import Drawn, Sampling, draw
 from models.sharding import constrain
+from models.vision import Images
 
 NONE = -1  # in the place of a token where there is none
 
@@ -66,7 +67,13 @@ def grown(cache: Any, *, places: int) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "sampling"))
 def prefill(
-    params: Params, tokens_UL: jax.Array, *, config: DecoderConfig, compute: Compute, sampling: Sampling
+    params: Params,
+    tokens_UL: jax.Array,
+    images: Images | None,
+    *,
+    config: DecoderConfig,
+    compute: Compute,
+    sampling: Sampling,
 ) -> Prefilled:
     """Every prompt's cache and the logits that follow it; NONE pads prompts on the right."""
     U, L = tokens_UL.shape
@@ -80,6 +87,7 @@ def prefill(
         positions_BL=jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None, :], (U, L)),
         compute=compute,
         lengths_B=length_U,
+        images=images,
     )
     last_UD = jnp.take_along_axis(hidden_ULD, at_U[:, None, None], axis=1)[:, 0]
     seen_UV = None

@@ -7,12 +7,13 @@ A tower is the decoder's own stack of layers without causality: all patches stan
 segment. What differs between families is in `Vision`, and in which of PROJECTORS leads to the text model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.activations import ACTIVATIONS
 from models.attention import Where
@@ -30,10 +31,10 @@ class Images(NamedTuple):
     column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L].
     """
 
-    patches: jax.Array
-    segments: jax.Array
-    places: jax.Array
-    features: jax.Array
+    patches: Any
+    segments: Any
+    places: Any
+    features: Any
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "Images | None":
@@ -41,6 +42,37 @@ class Images(NamedTuple):
         if "patches" not in batch:
             return None
         return cls(batch["patches"], batch["patch_segments"], batch["patch_places"], batch["image_features"])
+
+
+class Shown(NamedTuple):
+    """The pictures of one prompt, as `Images` has those of rows: patches [p, C], segments [p], places [p, 2], and for
+    each of its tokens the feature that takes its place [n].
+    """
+
+    patches: np.ndarray
+    segments: np.ndarray
+    places: np.ndarray
+    features: np.ndarray
+
+
+def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -> Images | None:
+    """The pictures of prompts padded to `length` tokens; None where no prompt has any."""
+    shown = [one for one in prompts if one is not None]
+    if not shown:
+        return None
+    tiles = -(-max(len(one.patches) for one in shown) // vision.tile)
+    most = vision.tile << (tiles - 1).bit_length()  # few shapes
+    rows = len(prompts)
+    images = Images(
+        np.zeros((rows, most, shown[0].patches.shape[1]), np.float32),
+        np.zeros((rows, most), np.int32),
+        np.zeros((rows, most, 2), np.int32),
+        np.zeros((rows, length), np.int32),
+    )
+    for row, one in enumerate(prompts):
+        for whole, own in zip(images, one or (), strict=False):
+            whole[row, : len(own)] = own
+    return images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from models.decoder import Compute, abstract_params, head, hidden_states
 from models.families import decoder_config, table_of
+from models.generate import complete
 from models.sharding import make_mesh, parameter_shardings, paths
-from models.vision import Images
+from models.vision import Images, Shown
 from models.weights import load_params, save_folder
 
-VOCABULARY, IMAGE, LENGTH = 96, 90, 24
+VOCABULARY, IMAGE, LENGTH, NEW = 96, 90, 24, 64
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -226,3 +227,29 @@ def test_older_names_of_tensors_are_understood(family, tmp_path):
         save_file(names, tmp_path / "model.safetensors")
         found = load_params(tmp_path, config, shardings=one, dtype=jnp.float32)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_answers_to_prompts_with_pictures_are_those_of_transformers(family):
+    chosen, folder, model = family
+    given = rows(chosen.features, pictures=True)
+    config = decoder_config(json.loads((folder / "config.json").read_text()))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(folder, config, shardings=one, dtype=jnp.float32)
+    lengths, images = given["segments"].sum(axis=1), images_of(given)
+    prompts = [given["tokens"][row, :length].tolist() for row, length in enumerate(lengths)]
+    shown = [
+        Shown(*(np.asarray(array)[row, : 4 * count] for array in images[:3]), given["features"][row, :length])
+        if (count := PICTURES[row])
+        else None
+        for row, length in enumerate(lengths)
+    ]
+    # Each prompt twice, on fewer slots than there are requests: prompts are prefilled once, with their pictures.
+    found = complete(
+        params, config, prompts * 2, max_new_tokens=NEW, stop_ids=(), shown=shown * 2, slots=4, compute=Compute()
+    )
+    model.generation_config.eos_token_id = None
+    pixels = np.split(given["pixels"], np.cumsum(PICTURES)[:-1])
+    for row, prompt in enumerate(prompts):
+        seen = {"pixel_values": torch.tensor(pixels[row])} if PICTURES[row] else {}
+        expected = model.generate(torch.tensor([prompt]), **seen, max_new_tokens=NEW, do_sample=False)[0, len(prompt) :]
+        assert found[row].ids == found[row + len(prompts)].ids == expected.tolist()
