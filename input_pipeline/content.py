@@ -67,9 +67,9 @@ def with_column(example: Example, row: Mapping[str, Any]) -> Example:
     `{"type": "image"}`; else at "<image>" in the text; else before the first turn of the user's, as in TRL."""
     sides = [name for name in _SIDES if any(field.name == name for field in fields_of(example))]
     asked = sum(picture is _UNFILLED for name in sides for picture in _pictures(getattr(example, name)))
-    column = next((name for name in COLUMNS if row.get(name) not in (None, [], ())), None)
-    marked = sum(_marks(getattr(example, name)) for name in sides)
-    if column is None or not (sides and (asked or marked or _is_picture(row[column]))):
+    column = next((name for name in COLUMNS if row.get(name)), None)
+    marked = sum(_marks(getattr(example, name)) for name in sides) if column is not None else 0
+    if column is None or not (sides and (asked or marked or _are_pictures(row[column]))):
         if asked:
             raise RowError(f"{asked} pictures are meant, and the row has no column 'images' with them", "image")
         return example
@@ -161,9 +161,13 @@ def _binary(data: Any, path: str) -> Picture:
     raise RowError(f"{path} must be bytes, or base64 of them, not {show(data)}", "image")
 
 
-def _is_picture(value: Any) -> bool:
+def _are_pictures(value: Any) -> bool:
     """Whether a column's value is pictures by its looks; a string alone may be anything."""
-    return bool(value) and not isinstance(value, str)
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, str) or _are_pictures(item) for item in value)
+    if isinstance(value, Mapping):
+        return "bytes" in value or "path" in value
+    return isinstance(value, bytes) or (hasattr(value, "convert") and hasattr(value, "size"))
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and only formats that pictures are kept in are decoded at all. Whatever is wrong
 
 import base64
 import binascii
+import hashlib
 import http.client
 import io
 import ipaddress
@@ -15,10 +16,11 @@ import os
 import socket
 import ssl
 import stat
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ class Picture(NamedTuple):
     value: Any
 
     def __repr__(self) -> str:
-        return f"{self.kind} {show(self.value)}"
+        return f"{len(self.value):,} bytes" if self.kind == "bytes" else f"{self.kind} {show(self.value)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Opener:
     max_bytes: int = 20_000_000  # of its file
     max_images: int = 16  # of a row
     seconds: float = 10.0  # to fetch one
+    kept: str | None = field(default=None, repr=False, compare=False)  # folder where what was fetched is kept
 
     def open(self, pictures: Sequence[Picture]) -> list[Any]:
         """The pictures of a row, upright and RGB, as PIL images; RowError says what is wrong with which one."""
@@ -75,7 +78,16 @@ class Opener:
             raise RowError(f"picture {show(url)}: {scheme}: is not allowed; https: and data: are", "image")
         if not self.remote:
             raise RowError(f"picture {show(url)} is on the web; to fetch it, set allow_remote_images: true", "image")
-        return fetch(url, max_bytes=self.max_bytes, seconds=self.seconds)
+        place = Path(self.kept, hashlib.sha256(url.encode()).hexdigest()) if self.kept else None
+        if place is not None and place.is_file():
+            return place.read_bytes()
+        data = fetch(url, max_bytes=self.max_bytes, seconds=self.seconds)
+        if place is not None:  # the same picture in every epoch, and asked for once
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as stream:
+                stream.write(data)
+            os.replace(stream.name, place)
+        return data
 
     def _read(self, path: str) -> bytes:
         """The bytes of a file below `root`."""

@@ -16,6 +16,7 @@ from input_pipeline.reading import Data
 STYLES = {0: "dim", 1: "bold green", 2: "bold red"}  # not trained; trained; of an answer that is to become unlikely
 BRACKETS = {0: ("", ""), 1: ("⟦", "⟧"), 2: ("⟪", "⟫")}  # around them where there is no colour
 NAMES = {0: "", 1: "trained", 2: "unwanted"}
+_MANY = 9  # of the same token
 _BAR = 48  # characters of the longest bar
 
 
@@ -68,6 +69,10 @@ def print_row(console: Console, data: Data | Prompts, row: int, tokenizer: Any, 
         opening, closing = BRACKETS[mark]
         parts.append(f"{counts[mark]} {NAMES[mark]}" + (f" {opening}in these{closing}" if bare and not ids else ""))
     console.print(Text(", ".join(parts), style="bold"))
+    for number, picture in enumerate(data.pictures.shown(row) if data.pictures is not None else [], 1):
+        width, height = picture.size
+        where = f"tokens {picture.first} to {picture.last}" if picture.tokens > 1 else f"token {picture.first}"
+        console.print(Text(f"picture {number}: {width} x {height}, {where}: {picture.name}", style="cyan"))
     if ids:
         for view in views:
             console.print(Text(f"{view.id:>8}  {NAMES[view.mark]:<8}  {view.text!r}", style=STYLES[view.mark]))
@@ -94,9 +99,14 @@ def print_histogram(console: Console, data: Data | Prompts) -> None:
 def _pieces(views: Sequence[TokenView], *, bare: bool) -> Iterator[tuple[str, str]]:
     """Text and style of each run of tokens of one mark."""
     for mark, run in itertools.groupby(views, lambda view: view.mark):
-        text = "".join(view.text for view in run)
+        text = "".join(_told(token.text, len(list(same))) for token, same in itertools.groupby(run))
         opening, closing = BRACKETS[mark] if bare else ("", "")
         yield f"{opening}{text}{closing}", STYLES[mark]
+
+
+def _told(text: str, times: int) -> str:
+    """A token that stands so many times in a row; many times, as those of pictures do, in short."""
+    return text * times if times < _MANY else f"{text} × {times} "
 
 
 def _text_of(token: int, tokenizer: Any) -> str:

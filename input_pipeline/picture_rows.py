@@ -8,17 +8,30 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from input_pipeline.catalog import Dataset
 from input_pipeline.collate import Line
+from input_pipeline.content import pictures_of
 from input_pipeline.examples import RowError
 from input_pipeline.pictures import Pictures
 from input_pipeline.processors.processor import Prepared, Processor
 from input_pipeline.store import TokenStore
 
 _THREADS = 4  # that prepare the pictures of a batch
+
+
+class Shown(NamedTuple):
+    """A picture of a row: what the row says of it, width and height, how many tokens stand for it, and the places of
+    the first and the last of them."""
+
+    name: str
+    size: tuple[int, int]
+    tokens: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,24 @@ class RowPictures:
     def has(self, row: int) -> bool:
         """Whether a row has pictures."""
         return bool((self.store[row][0] == self.processor.feature_id).any())
+
+    def shown(self, row: int) -> list[Shown]:
+        """The pictures of a row for people to see, and where their tokens stand."""
+        ids = self.store[row][0]
+        if not self.has(row):
+            return []
+        dataset, index = map(int, self.store.sources[row])
+        example = self.datasets[dataset].example(index)
+        assert example is not None
+        pictures = pictures_of(example)
+        images = self.pictures.openers[dataset].open(pictures)
+        feature = next(iter(self.processor.own))
+        counts = [text.count(feature) for text in self.processor.expand([image.size for image in images])]
+        places = np.split(np.flatnonzero(ids == self.processor.feature_id)[: sum(counts)], np.cumsum(counts)[:-1])
+        return [
+            Shown(repr(picture), image.size, len(at), int(at[0]), int(at[-1]))
+            for picture, image, at in zip(pictures, images, places, strict=True)
+        ]
 
     def any(self) -> bool:
         """Whether some row has."""

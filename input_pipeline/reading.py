@@ -260,7 +260,9 @@ def pictures_of_split(split: Mapping[str, Any], *, reading: Reading) -> Pictures
         "max_bytes": split.get("max_image_bytes"),
         "max_images": split.get("max_images_per_row"),
     }
-    limits = {name: value for name, value in said.items() if value is not None}
+    limits: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    if reading.cache is not None:
+        limits["kept"] = str(reading.cache / "pictures")
     entries = [Entry.of(entry) for entry in split["datasets"]]
     roots = [entry.dataset_kwargs.get("image_root") or split.get("image_root") for entry in entries]
     return Pictures(

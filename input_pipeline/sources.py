@@ -4,6 +4,7 @@
 messages.
 """
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,7 +118,7 @@ def open_rows(
     if ":" in name:
         return _sliced(Rows(name, _call(name, kwargs)), split)
     loaded = load(name, subset, split, kwargs)
-    return Rows(f"{name}, split {split}", loaded, fingerprint=loaded._fingerprint)
+    return Rows(f"{name}, split {split}", undecoded(loaded), fingerprint=loaded._fingerprint)
 
 
 def _from_disk(path: str, split: str, kwargs: Mapping[str, Any]) -> Rows:
@@ -155,7 +156,7 @@ def _parquet(path: str) -> Sequence[Any]:
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is not a readable parquet file: {reason}") from None
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    return undecoded(datasets.Dataset(datasets.table.InMemoryTable(table)))
 
 
 def _saved_dataset(path: Path, split: str) -> Rows:
@@ -167,7 +168,7 @@ def _saved_dataset(path: Path, split: str) -> Rows:
         if base not in saved:
             raise ValueError(f"split {base!r} is not in {path}; it has: {', '.join(saved)}")
         saved = saved[base]
-    return _sliced(Rows(str(path), saved, fingerprint=saved._fingerprint), split)
+    return _sliced(Rows(str(path), undecoded(saved), fingerprint=saved._fingerprint), split)
 
 
 def load(name: str, subset: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
@@ -202,6 +203,26 @@ def _sliced(rows: Rows, split: str) -> Rows:
         return replace(rows, rows=part)
     part = rows.rows.select(range(start, stop)) if hasattr(rows.rows, "select") else rows.rows[start:stop]
     return replace(rows, rows=part, first=start)
+
+
+def undecoded(dataset: Any) -> Any:
+    """A dataset of `datasets` whose columns of pictures give the bytes of their files: we open them ourselves."""
+    import datasets
+
+    changed, as_bytes = {}, datasets.Image(decode=False)
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            changed[name] = as_bytes
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            changed[name] = type(feature)(as_bytes)
+    if not changed:
+        return dataset
+    # As cast_column does for a column of pictures; for one of lists it would write all rows anew, which stay the same.
+    dataset = copy.copy(dataset)
+    dataset._info = copy.deepcopy(dataset._info)
+    dataset._info.features = datasets.Features({**dataset.features, **changed})
+    dataset._data = dataset._data.cast(dataset._info.features.arrow_schema)
+    return dataset
 
 
 def bounds(split: str, length: int) -> tuple[int, int]:

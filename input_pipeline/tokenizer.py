@@ -77,6 +77,9 @@ def _chat_template(tokenizer: Any, asked: str | None, source: str) -> Any:
         return read_template(str(asked))
     if tokenizer.chat_template:
         return tokenizer.chat_template
+    beside = Path(source) / "chat_template.json"  # where older folders of vision-language models have it
+    if beside.is_file():
+        return json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
     name = _OF_MODEL_TYPE.get(_model_type(source), "default" if asked == "auto" else "")
     return read_template(name) if name else None
 

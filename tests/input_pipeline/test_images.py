@@ -193,6 +193,14 @@ def test_a_redirect_is_followed_to_public_addresses_over_https_only(monkeypatch)
     assert asked.count("/photo") == 1  # never by way of the private name
 
 
+def test_what_was_fetched_is_kept_and_asked_for_once(monkeypatch, tmp_path):
+    opener = Opener(remote=True, kept=str(tmp_path / "kept"))
+    with _served(monkeypatch) as asked:
+        first, again = (opener.open([Picture("url", "https://a.test/photo")])[0] for _ in range(2))
+    assert first.tobytes() == again.tobytes() == _photo().tobytes()
+    assert asked == ["/photo"]
+
+
 def test_a_server_that_sends_slowly_runs_out_of_time(monkeypatch):
     with _served(monkeypatch), pytest.raises(RowError, match=r"took too long|timed out"):
         fetch("https://a.test/photo", max_bytes=50_000, seconds=-1)

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from input_pipeline.inspect import print_row
 from input_pipeline.pairs import Laid
 from input_pipeline.pipeline import eval_feed, train_feed
 from input_pipeline.processors import open_processor
@@ -366,3 +368,40 @@ def test_a_prompt_to_be_answered_has_its_pictures_with_it(folder, speaker, proce
     assert np.array_equal(verl[0].pictures.patches, first.pictures.patches)
     with pytest.raises(ValueError, match="its pictures are 4 tokens, and 1 fit"):
         read_prompts(_split(folder, rows), speaker, reading=reading, limit=Limit(len(first.ids) - 6, "left"))
+
+
+def test_inspecting_a_row_shows_its_pictures_and_where_their_tokens_stand(folder, speaker, processor):
+    row = _chat({"type": "image_path", "content": "0.png"}, {"type": "text", "text": "?"}, {"type": "image"})
+    data = read_data(
+        _split(folder, [row | {"images": ["1.png"]}]),
+        speaker,
+        reading=Reading(max_length=None, seed=0, processor=processor),
+    )
+    console = Console(file=io.StringIO(), width=1000)
+    print_row(console, data, 0, speaker)
+    printed = console.file.getvalue().splitlines()
+    here = np.flatnonzero(data.store[0][0] == processor.feature_id).tolist()
+    assert printed[1] == f"picture 1: 31 x 45, tokens {here[0]} to {here[3]}: path '0.png'"
+    assert printed[2] == f"picture 2: 31 x 45, tokens {here[4]} to {here[7]}: path '1.png'"
+
+
+def test_pictures_of_a_saved_dataset_are_opened_by_us(folder, speaker, processor, tmp_path):
+    import datasets
+
+    said = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
+    text = datasets.Value("string")
+    features = {
+        "messages": datasets.List({"role": text, "content": text}),
+        "images": datasets.List(datasets.Image()),
+        "image": datasets.Image(),
+    }
+    rows = {"messages": [said], "images": [[_picture(0)]], "image": [_picture(1)]}
+    saved = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    saved.save_to_disk(str(tmp_path / "saved"))
+    saved.to_parquet(str(tmp_path / "rows.parquet"))
+    for path in ("saved", "rows.parquet"):
+        split = {"datasets": [{"dataset_path": str(tmp_path / path)}]}
+        data = read_data(split, speaker, reading=Reading(max_length=None, seed=0, processor=processor))
+        assert data.pictures.shown(0)[0].name.endswith(" bytes")
+        pixels = processor.image([_picture(0)], return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(data.pictures(0).patches[0], pixels[:, :14, :14].reshape(-1))
