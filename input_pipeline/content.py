@@ -69,7 +69,9 @@ def with_column(example: Example, row: Mapping[str, Any]) -> Example:
     asked = sum(picture is _UNFILLED for name in sides for picture in _pictures(getattr(example, name)))
     column = next((name for name in COLUMNS if row.get(name)), None)
     marked = sum(_marks(getattr(example, name)) for name in sides) if column is not None else 0
-    if column is None or not (sides and (asked or marked or _are_pictures(row[column]))):
+    if column is None or not (
+        sides and (asked or marked or _are_pictures([row[column]] if column == "images" else row[column]))
+    ):
         if asked:
             raise RowError(f"{asked} pictures are meant, and the row has no column 'images' with them", "image")
         return example

@@ -70,6 +70,7 @@ KNOWN = {
     # any dataset, its columns named in dataset_kwargs
     "HuggingFaceDataset": _CHAT._replace(of_any=True),
     "PromptResponseDataset": _answers("instruction", "output")._replace(of_any=True),
+    "hf_vision": _answers("question", "answer")._replace(of_any=True),
     # made up
     "debug_sft": _made_up("debug_sft"),
     "debug_dpo": _made_up("debug_dpo"),

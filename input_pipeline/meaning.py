@@ -29,6 +29,8 @@ _COLUMNS = {  # key → the field whose column it names, by format; it means the
     },
     "input_column": {"alpaca": "input"},
     "response_column": {"alpaca": "output", "prompt_completion": "completion", "kto": "completion"},
+    "question_column": {"alpaca": "instruction"},
+    "answer_column": {"alpaca": "output"},
     "chosen_column": {"preference": "chosen"},
     "rejected_column": {"preference": "rejected"},
     "label_column": {"kto": "label"},

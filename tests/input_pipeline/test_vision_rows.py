@@ -405,3 +405,14 @@ def test_pictures_of_a_saved_dataset_are_opened_by_us(folder, speaker, processor
         assert data.pictures.shown(0)[0].name.endswith(" bytes")
         pixels = processor.image([_picture(0)], return_tensors="np")["pixel_values"][0]
         assert np.array_equal(data.pictures(0).patches[0], pixels[:, :14, :14].reshape(-1))
+
+
+def test_columns_of_a_question_an_answer_and_a_picture_are_a_row(folder, speaker, processor):
+    split = _split(folder, [{"picture": "0.png", "asked": "What is this?", "said": "It is a cat."}])
+    named = {"image_column": "picture", "question_column": "asked", "answer_column": "said"}
+    split["datasets"][0] |= {"dataset_kwargs": named, "dataset_name": "hf_vision"}
+    reading = Reading(max_length=None, seed=0, processor=processor)
+    by_columns = read_data(split, speaker, reading=reading)
+    written_out = read_data(_split(folder, [FORMS["a path"]]), speaker, reading=reading)
+    assert by_columns.store[0][0].tolist() == written_out.store[0][0].tolist()
+    assert np.array_equal(by_columns.pictures(0).patches, written_out.pictures(0).patches)
