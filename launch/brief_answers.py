@@ -115,7 +115,7 @@ def _answers(prompts: Sequence[list[dict[str, str]]]) -> list[str]:
     from models.generate import generate
 
     talker = open_talker(str(fetch_smollm2()))
-    ids = [talker.prompt_ids(prompt) for prompt in prompts]
+    ids = [talker.question(prompt).ids for prompt in prompts]
     found: list[str] = []
     for start in range(0, len(ids), BATCH):
         answers = generate(

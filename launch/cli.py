@@ -37,6 +37,7 @@ TopK = Annotated[int, typer.Option(help="Draw from the so many likeliest tokens 
 TopP = Annotated[float, typer.Option(help="Draw from the fewest tokens that reach this probability.", min=0, max=1)]
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
+Image = Annotated[list[Path] | None, typer.Option(help="A picture to talk about; may be given several times.")]
 
 
 @app.command(context_settings=OVERRIDES)
@@ -89,6 +90,7 @@ def inspect(
 def chat(
     model: ModelName,
     system: System = None,
+    image: Image = None,
     max_new_tokens: MaxNew = 512,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
@@ -98,7 +100,8 @@ def chat(
     """Talk to a model; its answer appears token by token. An empty line or Ctrl-D ends."""
     from launch.talk import Options, chat
 
-    chat(model, system=system, options=Options(max_new_tokens, temperature, top_k, top_p, seed))
+    options = Options(max_new_tokens, temperature, top_k, top_p, seed)
+    chat(model, system=system, images=image or (), options=options)
 
 
 @app.command()
@@ -106,6 +109,7 @@ def generate(
     model: ModelName,
     prompt: Annotated[list[str], typer.Argument(help="What to answer; several prompts are answered together.")],
     system: System = None,
+    image: Image = None,
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -115,7 +119,8 @@ def generate(
     """Print a model's answer to each prompt."""
     from launch.talk import Options, generate
 
-    generate(model, prompt, system=system, options=Options(max_new_tokens, temperature, top_k, top_p, seed))
+    options = Options(max_new_tokens, temperature, top_k, top_p, seed)
+    generate(model, prompt, system=system, images=image or (), options=options)
 
 
 @app.command()

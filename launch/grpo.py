@@ -19,11 +19,13 @@ from ml_collections import ConfigDict
 
 from configs import derived, verl
 from input_pipeline.pipeline import Feed
-from input_pipeline.prompts import Prompts, prompt_feed
+from input_pipeline.prompts import PromptRow, Prompts, prompt_feed
 from launch import assemble
 from launch.assemble import Model, abstract_parts, compute_of
 from launch.data import limit_of, prompts_of, reading_of, steps_of, template_kwargs
+from launch.pictures import shown_of
 from launch.preferences import shares_prompt
+from models import vision
 from models.config import Compute
 from models.generate import Generated, Sampling, complete, stop_ids_of
 from models.lora import Parts, merged
@@ -90,6 +92,7 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
             score=old_logprobs(config, model, mesh, longest, shared=together > 1) if sizes.updates > 1 else None,
             penalty=kl_penalty(config, model, mesh, longest, together=together),
             attempts=training.grpo.max_generation_batches if training.grpo.dynamic_sampling else 1,
+            processor=None if asked.prompts.pictures is None else model.processor,
         )
         yield Feed(
             batches=Rollouts(asked.batches, means, shape),
@@ -152,7 +155,7 @@ def evaluated_group(config: ConfigDict) -> int:
 
 def sampler(
     config: ConfigDict, model: Model, mesh: Mesh
-) -> Callable[[TrainState, Any, Sequence[Sequence[int]], int, int], list[Generated]]:
+) -> Callable[[TrainState, Any, Sequence[PromptRow], int, int], list[Generated]]:
     """A function (state, frozen, prompts, generation, group) → answers, by the parameters in training; generation -1 is
     an evaluation's.
     """
@@ -164,9 +167,10 @@ def sampler(
     slots = derived.rollout(config, replicas=replicas(mesh)).answers
 
     def sample(
-        state: TrainState, frozen: Any, prompts: Sequence[Sequence[int]], generation: int, group: int
+        state: TrainState, frozen: Any, prompts: Sequence[PromptRow], generation: int, group: int
     ) -> list[Generated]:
-        asked = [prompt for prompt in prompts for _ in range(group)]
+        asked = [prompt.ids for prompt in prompts for _ in range(group)]
+        seen = [shown_of(model.processor, prompt.ids, prompt.pictures) for prompt in prompts]
         first = EVALUATION if generation < 0 else generation * len(asked)
         with jax.set_mesh(mesh):
             return complete(
@@ -182,6 +186,7 @@ def sampler(
                 decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
                 compute=compute,
                 slots=min(slots, MOST_SLOTS),
+                shown=[one for one in seen for _ in range(group)],
             )
 
     return sample
@@ -272,7 +277,7 @@ def _of_each(
     )
 
     def run(state: TrainState, frozen: Frozen, host: Mapping[str, np.ndarray]) -> Any:
-        read = ("tokens", "targets", "weights", "segments", "positions", "branches")
+        read = ("tokens", "targets", "weights", "segments", "positions", "branches", *vision.KEYS)
         needed = {name: host[name] for name in read if name in host}
         with jax.set_mesh(mesh):
             return jax.tree.map(np.asarray, jitted(state.params, frozen, device_batch(needed, mesh)))

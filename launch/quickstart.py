@@ -69,7 +69,7 @@ def answer(folder: Path, rows: Sequence["Row"], *, longest: int) -> list[str]:
     from models.generate import generate
 
     talker = open_talker(str(folder))
-    prompts = [talker.prompt_ids(row.prompt) for row in rows]
+    prompts = [talker.question(row.prompt).ids for row in rows]
     stop_ids = talker.stop_ids
     answers = generate(talker.params, talker.config, prompts, max_new_tokens=longest, stop_ids=stop_ids)
     return [talker.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

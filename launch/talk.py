@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from input_pipeline.processors import Processor, open_processor
 from input_pipeline.tokenizer import load_tokenizer
 from launch.adapt import Named, tokenizer_folder
+from launch.pictures import Question, message, question
 from models import hub, weights
 from models.adapter import base_of, find_adapter, join_adapter
 from models.decoder import DecoderConfig, Params, abstract_params
@@ -42,13 +44,19 @@ class Talker(NamedTuple):
     config: DecoderConfig
     tokenizer: Any
     stop_ids: set[int]
+    processor: Processor | None  # of its pictures; None: it takes none
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids that the model is given: through the chat template, or the last message alone where there is none."""
+    def question(self, messages: Sequence[dict[str, Any]]) -> Question:
+        """What the model is given: through the chat template, or the last message alone where there is none."""
+        if any(not isinstance(message["content"], str) for message in messages):
+            if self.processor is None or not self.tokenizer.chat_template:
+                lacks = "vision tower" if self.processor is None else "chat template"
+                raise ValueError(f"--image: this model has no {lacks}; name one that sees, or leave out --image")
+            return question(messages, self.tokenizer, self.processor)
         if not self.tokenizer.chat_template:
-            return self.tokenizer(messages[-1]["content"])["input_ids"]
+            return Question(self.tokenizer(messages[-1]["content"])["input_ids"], None)
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Question(self.tokenizer(text, add_special_tokens=False)["input_ids"], None)
 
 
 def open_talker(name: str) -> Talker:
@@ -69,32 +77,53 @@ def open_talker(name: str) -> Talker:
     if adapter is not None:
         params = join_adapter(adapter, params, config, hf_config, mesh=mesh)
     tokenizer = load_tokenizer(str(tokenizer_folder(named, folder)))
-    return Talker(params, config, tokenizer, stop_ids_of(_generation_config(folder), tokenizer))
+    processor = None if config.vision is None else open_processor(hf_config, folder, tokenizer)
+    return Talker(params, config, tokenizer, stop_ids_of(_generation_config(folder), tokenizer), processor)
 
 
-def generate(name: str, prompts: Sequence[str], *, system: str | None, options: Options) -> None:
-    """Print the answer to each prompt, under the prompt where there are several."""
+def generate(
+    name: str, prompts: Sequence[str], *, system: str | None, images: Sequence[Path], options: Options
+) -> None:
+    """Print the answer to each prompt about these pictures, under the prompt where there are several."""
     talker = open_talker(name)
-    ids = [talker.prompt_ids([*_system(system), {"role": "user", "content": prompt}]) for prompt in prompts]
-    answers = generate_ids(talker.params, talker.config, ids, stop_ids=talker.stop_ids, **options.drawn())
+    asked = [talker.question([*_system(system), message(prompt, images)]) for prompt in prompts]
+    answers = generate_ids(
+        talker.params,
+        talker.config,
+        [one.ids for one in asked],
+        stop_ids=talker.stop_ids,
+        shown=[one.shown for one in asked],
+        **options.drawn(),
+    )
     for prompt, answer in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
             print(f"> {prompt}")
         print(talker.tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def chat(name: str, *, system: str | None, options: Options, ask: Callable[[str], str] = input) -> None:
-    """Read a line, stream the answer, and so on with the whole conversation; an empty line or the end of input ends."""
+def chat(
+    name: str,
+    *,
+    system: str | None,
+    images: Sequence[Path],
+    options: Options,
+    ask: Callable[[str], str] = input,
+) -> None:
+    """Read a line, stream the answer, and so on with the whole conversation; an empty line or the end of input ends.
+    The first line is about these pictures.
+    """
     talker = open_talker(name)
     print(f"{name}: an empty line ends.", file=sys.stderr)
-    messages = _system(system)
-    while question := _line(ask):
-        messages.append({"role": "user", "content": question})
+    messages: list[dict[str, Any]] = [*_system(system)]
+    while said := _line(ask):
+        messages.append(message(said, images if len(messages) <= bool(system) else ()))
+        asked = talker.question(messages)
         tokens = stream(
             talker.params,
             talker.config,
-            talker.prompt_ids(messages),
+            asked.ids,
             stop_ids=talker.stop_ids,
+            shown=asked.shown,
             **options.drawn(after=len(messages)),
         )
         answer: list[int] = []

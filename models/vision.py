@@ -26,6 +26,9 @@ from models.stack import Params, block_of, cast, periods, scan
 Shapes = dict[str, tuple[int, ...]]
 
 
+KEYS = ("patches", "patch_segments", "patch_places", "image_features")  # of a batch, in the order of Images
+
+
 class Images(NamedTuple):
     """The pictures of a batch of rows: `patches` [B, P, C], which segment each is of (0: none) [B, P], its row and
     column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L].
@@ -39,9 +42,7 @@ class Images(NamedTuple):
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "Images | None":
         """Those of a batch that has any."""
-        if "patches" not in batch:
-            return None
-        return cls(batch["patches"], batch["patch_segments"], batch["patch_places"], batch["image_features"])
+        return cls(*(batch[key] for key in KEYS)) if KEYS[0] in batch else None
 
 
 class Shown(NamedTuple):

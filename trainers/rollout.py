@@ -19,6 +19,8 @@ import numpy as np
 from input_pipeline.batches import State, same_data
 from input_pipeline.collate import Line, bucket_length, collate
 from input_pipeline.pairs import Answer, answers_line
+from input_pipeline.picture_rows import picture_arrays
+from input_pipeline.processors.processor import Processor
 from input_pipeline.prompts import PromptBatches, PromptRow, Prompts
 from models.generate import Generated
 from trainers.advantages import Valued
@@ -71,20 +73,21 @@ class Shape:
 class Means:
     """What a rollout is made with.
 
-    sample(state, frozen, prompts' ids, generation, group): `group` answers to each, in order. judge: rewards.
+    sample(state, frozen, prompts, generation, group): `group` answers to each, in order. judge: rewards.
     value(rewards, lengths, group, penalties): advantages. penalty: what rewards lose in training. score(state, frozen,
     batch): log-probabilities of the targets [M, B, L] under the policy that answered, as training computes them; None
     where there is but one update. decode(ids): text. attempts: how often more prompts are drawn for groups that tell
-    nothing; 1: never.
+    nothing; 1: never. processor: what the prompts' pictures were prepared by, if they have any.
     """
 
-    sample: Callable[[TrainState, Any, Sequence[Sequence[int]], int, int], list[Generated]]
+    sample: Callable[[TrainState, Any, Sequence[PromptRow], int, int], list[Generated]]
     judge: Judge
     value: Callable[[Rewards, np.ndarray, int, np.ndarray | None], Valued]
     decode: Callable[[Sequence[int]], str]
     score: Callable[[TrainState, Any, HostBatch], np.ndarray] | None = None
     penalty: KlPenalty | None = None
     attempts: int = 1
+    processor: Processor | None = None
 
 
 class Answered(NamedTuple):
@@ -136,7 +139,7 @@ class Rollouts:
     def judged(self, state: TrainState, frozen: Any, prompts: Prompts, *, group: int) -> dict[str, float]:
         """What the policy's answers to other prompts are worth, `group` to each: the log's numbers of them all."""
         rows = [prompts[row] for row in range(len(prompts))]
-        answers = self._means.sample(state, frozen, [row.ids for row in rows], -1, group)
+        answers = self._means.sample(state, frozen, rows, -1, group)
         groups, valued = self._judged(rows, answers, group)
         return valued.logged | completion_metrics(groups)
 
@@ -194,7 +197,7 @@ class Rollouts:
         if self._shape.updates > 1:
             order = np.random.default_rng([self._shape.seed, self._generation]).permutation(len(lines))
             lines = [lines[i] for i in order]
-        self._answers, self._rows_of = self._batched(lines)
+        self._answers, self._rows_of = self._batched(lines, groups)
         self._next = 0
         if self._means.score is not None:
             self._answers["old_logprobs"] = self._means.score(state, frozen, self._answers)
@@ -211,7 +214,7 @@ class Rollouts:
         logged: list[dict[str, float]] = []
         for attempt in range(1, self._means.attempts + 1):
             rows = next(self._prompts)
-            answers = self._means.sample(state, frozen, [row.ids for row in rows], self._generation, self._shape.group)
+            answers = self._means.sample(state, frozen, rows, self._generation, self._shape.group)
             self._generation += 1
             clock.lap("generate")
             groups, valued = self._judged(rows, answers, self._shape.group, policy=(state, frozen))
@@ -255,7 +258,7 @@ class Rollouts:
             groups.append(Answered(row, tuple(answers[own]), tuple(texts[own]), rewards[own], np.zeros(group)))
         penalties, logged = None, dict[str, float]()
         if policy is not None and self._means.penalty is not None:
-            batch, _ = self._batched(self._lines(groups, mask_truncated=False))
+            batch, _ = self._batched(self._lines(groups, mask_truncated=False), groups)
             penalties, logged = self._means.penalty(*policy, batch)
         lengths = np.array([len(answer.ids) for answer in answers])
         valued = self._means.value(rewards, lengths, group, penalties)
@@ -267,14 +270,19 @@ class Rollouts:
         together = self._shape.together
         return [line for one in groups for line in lines_of(one, mask_truncated=mask_truncated, together=together)]
 
-    def _batched(self, lines: list[Line]) -> tuple[HostBatch, list[list[int]]]:
-        """The rows [M, B, L], and which prompts each microbatch has."""
-        shape = self._shape
+    def _batched(self, lines: list[Line], groups: Sequence[Answered]) -> tuple[HostBatch, list[list[int]]]:
+        """The rows [M, B, L] of these groups' answers, and which prompts each microbatch has."""
+        shape, processor = self._shape, self._means.processor
         length = bucket_length(max(len(line.columns) for line in lines), shape.max_length)
         count, left = divmod(len(lines), shape.rows)
         assert not left
         rows = [[int(line.rows[0]) for line in lines[m * shape.rows : (m + 1) * shape.rows]] for m in range(count)]
-        return collate(lines, accumulation=count, rows=shape.rows, length=length), rows
+        batch = collate(lines, accumulation=count, rows=shape.rows, length=length)
+        if processor is not None:
+            shown = {group.row.row: group.row.pictures or processor.nothing() for group in groups}
+            prepared = [[shown[line.rows[0]]] for line in lines]
+            batch |= picture_arrays(lines, prepared, processor, accumulation=count, rows=shape.rows, length=length)
+        return batch, rows
 
 
 OnAnswers = Callable[[int, Sequence[Answered]], None]  # told of every generation, with the updates made before it

@@ -37,7 +37,7 @@ class Gemma3(Processor):
     def token_arrays(
         self, ids: np.ndarray, features: int, prepared: Prepared, *, prefix: int | None = None
     ) -> dict[str, np.ndarray]:
-        numbers = feature_numbers(ids, self.feature_id, features)
+        numbers = feature_numbers(ids, self.feature_id, prepared, features)
         return {"image_features": numbers, "groups": -(-numbers // self.features)}
 
 

@@ -24,7 +24,7 @@ class PaliGemma(Llava):
     ) -> dict[str, np.ndarray]:
         before = len(ids) if prefix is None else prefix
         return {
-            "image_features": feature_numbers(ids, self.feature_id, features),
+            "image_features": feature_numbers(ids, self.feature_id, prepared, features),
             "groups": (np.arange(len(ids)) < before).astype(np.int32),
         }
 

@@ -56,17 +56,19 @@ class Processor:
     ) -> dict[str, np.ndarray]:
         """What stands beside the tokens of a document with these pictures, int32 [n] or [n, k]; so many features are
         before it in the row, and so many of its tokens are its prompt (None: all)."""
-        return {"image_features": feature_numbers(ids, self.feature_id, features)}
+        return {"image_features": feature_numbers(ids, self.feature_id, prepared, features)}
 
     def nothing(self) -> Prepared:
         """Of a row without pictures."""
         return Prepared(np.zeros((0, self.channels), np.float32), np.zeros(0, np.int32), np.zeros((0, 2), np.int32), ())
 
 
-def feature_numbers(ids: np.ndarray, feature_id: int, before: int = 0) -> np.ndarray:
-    """For each token 1 + the number of the feature that takes its place, from `before` on; 0 for all others."""
+def feature_numbers(ids: np.ndarray, feature_id: int, prepared: Prepared, before: int = 0) -> np.ndarray:
+    """For each token 1 + the number of the feature that takes its place, from `before` on; 0 for all others, also for
+    such tokens that a model says itself, behind those of its pictures."""
     here = ids == feature_id
-    return np.where(here, before + np.cumsum(here), 0).astype(np.int32)
+    numbers = np.cumsum(here)
+    return np.where(here & (numbers <= sum(prepared.features)), before + numbers, 0).astype(np.int32)
 
 
 def image_processor(settings: Mapping[str, Any], default: str) -> Any:

@@ -61,7 +61,7 @@ class QwenVl(Processor):
     def token_arrays(
         self, ids: np.ndarray, features: int, prepared: Prepared, *, prefix: int | None = None
     ) -> dict[str, np.ndarray]:
-        numbers = feature_numbers(ids, self.feature_id, features)
+        numbers = feature_numbers(ids, self.feature_id, prepared, features)
         return {"image_features": numbers, "axes": axes(ids == self.feature_id, prepared.grids)}
 
 

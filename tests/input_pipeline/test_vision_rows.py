@@ -417,3 +417,10 @@ def test_columns_of_a_question_an_answer_and_a_picture_are_a_row(folder, speaker
     written_out = read_data(_split(folder, [FORMS["a path"]]), speaker, reading=reading)
     assert ids == written_out.store[0][0].tolist()
     assert np.array_equal(patches, written_out.pictures(0).patches)
+
+
+def test_a_token_of_a_picture_that_a_model_says_itself_stands_for_no_feature(processor):
+    prepared = processor.prepare([_picture(0)])
+    ids = np.array([processor.feature_id] * 4 + [7, processor.feature_id, 8])
+    assert processor.token_arrays(ids, 0, prepared)["image_features"].tolist() == [1, 2, 3, 4, 0, 0, 0]
+    assert processor.token_arrays(ids, 8, prepared)["image_features"].tolist() == [9, 10, 11, 12, 0, 0, 0]

@@ -90,3 +90,84 @@ def test_a_run_with_pictures_goes_on_bit_for_bit(trained, tmp_path):
     run(resumed, config, max_steps=8, try_resume_from_last_checkpoint="true")
     assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert losses(resumed)[-4:] == losses(straight)[-4:]
+
+
+def test_a_picture_is_asked_about_from_the_command_line(trained, coloured_rows):
+    _, folder = trained
+    picture = coloured_rows.parent / "0-0.png"
+    words = ("generate", "-m", str(folder), "Which colours?", "--max-new-tokens", "4")
+    done = einkorn(*words, "--image", str(picture))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
+    done = einkorn(*words, "--image", "nowhere.png")
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (
+        2,
+        "error: --image: there is no file nowhere.png",
+    )
+
+
+OWN_ANSWERS = """
+model:
+  model_name: "{model}"
+  freeze_layers: ["vision_encoder"]
+
+data:
+  train:
+    image_root: "{root}"
+    datasets:
+      - dataset_name: "text_sft"
+        dataset_path: "{data}"
+
+training:
+  trainer_type: "{trainer}"
+  reward_functions: ["{reward}"]
+
+  grpo:
+    num_generations: 4
+    max_completion_length: 8
+
+  trainer_kwargs: {kwargs}
+"""
+KWARGS = {"TRL_GRPO": "{beta: 0.04}", "VERL_GRPO": "{}"}
+ROWS = {
+    "TRL_GRPO": lambda prompt, colour: {"prompt": prompt, "colour": colour},
+    "VERL_GRPO": lambda prompt, colour: {
+        "data_source": "colours",
+        "prompt": prompt,
+        "reward_model": {"ground_truth": colour, "style": "rule"},
+    },
+}
+REWARD = """
+def names_the_colour(completions, colour, **columns):
+    return [named(completion[0]["content"], name) for completion, name in zip(completions, colour)]
+
+
+def names_it(data_source, solution_str, ground_truth, extra_info):
+    return named(solution_str, ground_truth)
+
+
+def named(text, colour):
+    return float(colour in text) + len(text) / 100
+"""
+
+
+@pytest.mark.parametrize("trainer", [pytest.param("TRL_GRPO", marks=pytest.mark.slow), "VERL_GRPO"])
+def test_a_policy_learns_from_its_own_answers_about_pictures(trainer, tiny_seeing_model, coloured_rows, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [json.loads(line) for line in coloured_rows.read_text().splitlines() if "image_path" in line]
+    prompts = tmp_path / "prompts.jsonl"
+    made = (ROWS[trainer](row["messages"][:1], row["messages"][1]["content"].split()[0]) for row in rows)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in made))
+    config = tmp_path / "grpo.yaml"
+    reward = f"{tmp_path / 'reward.py'}:{'names_the_colour' if trainer == 'TRL_GRPO' else 'names_it'}"
+    names = {"model": tiny_seeing_model, "data": prompts, "root": coloured_rows.parent, "trainer": trainer}
+    config.write_text(OWN_ANSWERS.format(**names, reward=reward, kwargs=KWARGS[trainer]))
+    verl = {"verl_config_overrides": "{data: {train_batch_size: 2}}"} if trainer == "VERL_GRPO" else {}
+    run(tmp_path / "out", config, max_steps=2, save_steps=0, **verl)
+    events = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    apart = [event["sampling/sampling_logp_difference/max"] for event in events if "loss" in event]
+    assert len(apart) == 2
+    assert max(apart) < 1e-4  # the sampler saw what training sees
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_seeing_model, tmp_path / "out"))
+    moved = {name.split(".")[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {"language_model", "multi_modal_projector"}
