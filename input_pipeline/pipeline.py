@@ -282,6 +282,8 @@ def _feed(
         raise NotImplementedError(
             f"not implemented yet: packing {packing!r} with pictures, which it would cut; use packing_strategy bfd"
         )
+    if pictures is not None and packing and not isolate:
+        raise NotImplementedError("not implemented yet: isolate_documents: false with pictures")
     stack = _Stack(accumulation, microbatch, made.longest, fixed=packing is not None, pictures=pictures)
     steps_of_epoch = lines.batch(rows_per_step, batch_fn=list).map(stack)
     steps = None if epochs is None else math.ceil(epochs * len(steps_of_epoch))

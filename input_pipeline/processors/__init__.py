@@ -5,13 +5,14 @@ numpy and Pillow alone. What a picture's placeholder becomes in the text is comp
 with `open(settings)`, and its line in `FAMILIES`.
 """
 
+import difflib
 import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from input_pipeline.processors.processor import Prepared, Processor, Settings
+from input_pipeline.processors.processor import Prepared, Processor, Settings, settings_known
 
 __all__ = ["FAMILIES", "Prepared", "Processor", "open_processor"]
 
@@ -43,7 +44,14 @@ def open_processor(
         known = ", ".join(FAMILIES)
         raise NotImplementedError(f"not implemented yet: pictures for model_type {family!r}; there are {known}")
     settings = Settings(dict(hf_config), _image_settings(Path(folder), dict(kwargs or {})), tokenizer)
-    return importlib.import_module(FAMILIES[family]).open(settings)
+    processor = importlib.import_module(FAMILIES[family]).open(settings)
+    known = settings_known(type(processor.image))
+    for key in kwargs or {}:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(sorted(known))}"
+            raise ValueError(f"model.processor_kwargs.{key} is no setting of {type(processor.image).__name__}{hint}")
+    return processor
 
 
 def _image_settings(folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:

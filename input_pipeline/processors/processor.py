@@ -84,6 +84,15 @@ def image_processor(settings: Mapping[str, Any], default: str) -> Any:
     return kind(**{key: value for key, value in settings.items() if key not in known})
 
 
+def settings_known(kind: type) -> set[str]:
+    """The names of settings that a class of image processors has."""
+    valid = getattr(kind, "valid_kwargs", object)
+    named = {name for one in valid.__mro__ for name in getattr(one, "__annotations__", {})}
+    for one in getattr(valid, "__orig_bases__", ()):  # a TypedDict forgets its parents
+        named |= set(getattr(one, "__annotations__", {}))
+    return named | {name for name in vars(kind) if not name.startswith("_") and not callable(getattr(kind, name))}
+
+
 def token_id(config: Mapping[str, Any], tokenizer: Any, default: str) -> tuple[int, str]:
     """The token for a feature: its id by the model's configuration, and its text."""
     given = config.get("image_token_id", config.get("image_token_index"))

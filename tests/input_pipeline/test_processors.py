@@ -272,4 +272,8 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(tmp_path, tokenizer_
         open_processor(config | {"image_token_index": 32000}, tmp_path, tokenizer, kwargs=fitting)
     with pytest.raises(NotImplementedError, match="not implemented yet: pictures for model_type 'blip'"):
         open_processor(config | {"model_type": "blip"}, tmp_path, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"processor_kwargs\.do_risize is no setting of .*; did you mean 'do_resize'\?"
+    ):
+        open_processor(config, tmp_path, tokenizer, kwargs=fitting | {"do_risize": True})
     assert open_processor({"model_type": "llama"}, tmp_path, tokenizer) is None
