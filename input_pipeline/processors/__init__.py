@@ -45,11 +45,11 @@ def open_processor(
         raise NotImplementedError(f"not implemented yet: pictures for model_type {family!r}; there are {known}")
     settings = Settings(dict(hf_config), _image_settings(Path(folder), dict(kwargs or {})), tokenizer)
     processor = importlib.import_module(FAMILIES[family]).open(settings)
-    known = settings_known(type(processor.image))
+    has = settings_known(type(processor.image))
     for key in kwargs or {}:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(sorted(known))}"
+        if key not in has:
+            near = difflib.get_close_matches(key, has, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(sorted(has))}"
             raise ValueError(f"model.processor_kwargs.{key} is no setting of {type(processor.image).__name__}{hint}")
     return processor
 

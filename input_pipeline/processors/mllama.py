@@ -45,7 +45,9 @@ class Mllama(Processor):
     def token_arrays(
         self, ids: np.ndarray, features: int, prepared: Prepared, *, prefix: int | None = None
     ) -> dict[str, np.ndarray]:
-        return {"cross_images": seen(ids == self.feature_id, features)}
+        here = ids == self.feature_id
+        shown = here & (np.cumsum(here) <= len(prepared.features))  # not those that a model says itself
+        return {"cross_images": seen(shown, features)}
 
     def nothing(self) -> Prepared:
         return super().nothing()._replace(more={"patch_tiles": np.zeros((0, 2), np.int32)})
