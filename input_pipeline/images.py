@@ -8,6 +8,7 @@ and only formats that pictures are kept in are decoded at all. Whatever is wrong
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import http.client
 import io
@@ -17,9 +18,10 @@ import socket
 import ssl
 import stat
 import tempfile
+import threading
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,13 +208,32 @@ def _ask(url: str, *, max_bytes: int, until: float) -> bytes | str:
         with (
             socket.create_connection((address, port), timeout=_left(until, name)) as plain,
             ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname) as connection,
+            _hanging_up(connection, _left(until, name)),
         ):
             connection.sendall(f"{head}Connection: close\r\n\r\n".encode("ascii"))
             return _answer(connection, name, max_bytes=max_bytes, until=until)
     except RowError:
         raise
     except (OSError, http.client.HTTPException, UnicodeError, ValueError) as error:
+        _left(until, name)
         raise RowError(f"{name} cannot be fetched: {error}", "image") from None
+
+
+@contextlib.contextmanager
+def _hanging_up(connection: socket.socket, seconds: float) -> Iterator[None]:
+    """The connection ends after so many seconds, also under a server that sends a byte now and then."""
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _answer(connection: socket.socket, name: str, *, max_bytes: int, until: float) -> bytes | str:
@@ -227,6 +248,7 @@ def _answer(connection: socket.socket, name: str, *, max_bytes: int, until: floa
         connection.settimeout(_left(until, name))
         piece = answer.read1(65536)
         if not piece:
+            _left(until, name)  # hung up by us, what came is no whole picture
             return bytes(data)
         data += piece
     raise RowError(f"{name} has more than {max_bytes:,} bytes (max_image_bytes)", "image")

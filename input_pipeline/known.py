@@ -101,6 +101,10 @@ KNOWN = {
     "O1-OPEN/OpenO1-SFT": _answers("instruction", "output"),
     "allenai/tulu-3-sft-mixture": _CHAT,
     "allenai/WildChat-1M": Known("conversation", {"messages": "conversation"}),
+    # SFT with pictures
+    "HuggingFaceH4/llava-instruct-mix-vsft": _CHAT,
+    "merve/vqav2-small": _answers("question", "multiple_choice_answer"),
+    "HuggingFaceM4/the_cauldron": Known("conversation", transform="cauldron"),
     # reinforcement learning: read as the trainer that runs needs them
     "trl-lib/tldr": Known(transform="tldr"),
     "openai/gsm8k": Known(transform="gsm8k", tells_split=True),
@@ -158,6 +162,16 @@ def countdown(row: Row, *, split: str) -> Row:
         "reward_model": {"style": "rule", "ground_truth": {"numbers": numbers, "target": target}},
         "extra_info": {"split": split},
     }
+
+
+def cauldron(row: Row) -> Row:
+    """`{images, texts: [{user, assistant}, …]}` as a conversation, with the pictures before its first question; such a
+    row as it is.
+    """
+    if "messages" in row:
+        return row
+    turns = [(role, text[role]) for text in row["texts"] for role in ("user", "assistant")]
+    return {"images": row["images"], "messages": [{"role": role, "content": said} for role, said in turns]}
 
 
 def gsm8k(row: Row, *, split: str) -> Row:

