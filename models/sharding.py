@@ -30,7 +30,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(vision/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/kernel(_values|_scale)?", (None, "fsdp", "tensor")),
     (r"(vision/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/bias", (None, "tensor")),
     (r"(vision/)?layers/.*/(o|down)/kernel(_values|_scale)?", (None, "tensor", "fsdp")),
-    (r"projector/.*/kernel", ("fsdp", "tensor")),
+    # As an MLP's: both as ("fsdp", "tensor"), XLA computed wrong gradients of `up` on data 2 × fsdp 2 × tensor 2.
+    (r"projector/up/kernel", ("fsdp", "tensor")),
+    (r"projector/down/kernel", ("tensor", "fsdp")),
     (r".*", ()),
 )
 

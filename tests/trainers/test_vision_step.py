@@ -1,0 +1,131 @@
+"""A step on rows with pictures is the same step however it is cut, and what is frozen costs nothing."""
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.config import Compute
+from models.decoder import abstract_params, init_params
+from models.lora import split
+from models.sharding import make_mesh, paths
+from models.vision import Vision, vit
+from tests.trainers.test_step import CONFIG as TEXT
+from tests.trainers.test_step import MESHES
+from trainers import optim
+from trainers.loop import device_batch
+from trainers.sft import sft_loss
+from trainers.step import Step, build_step
+
+TOWER = Vision(
+    layers=vit(width=16, heads=2, mlp_width=32, layers=3, activation="quick_gelu", eps=1e-5),
+    patch=4,
+    channels=3,
+    columns=2,
+    tile=4,
+    class_token=True,
+    patch_bias=False,
+    pre_norm=True,
+    takes=(2,),
+    drops_class=True,
+    projector="mlp",
+    projector_bias=True,
+    activation="gelu",
+)
+CONFIG = replace(TEXT, vision=TOWER)
+ROWS, LENGTH, STEPS = 16, 24, 3
+Host = dict[str, np.ndarray]
+
+
+def batch(step: int, *, accumulation: int) -> Host:
+    """Rows with two pictures, one, or none."""
+    random = np.random.default_rng(step)
+    tokens = random.integers(1, CONFIG.vocabulary, (ROWS, LENGTH)).astype(np.int32)
+    arrays = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": (random.random((ROWS, LENGTH)) < 0.5).astype(np.float32),
+        "segments": np.ones((ROWS, LENGTH), np.int32),
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH)).copy(),
+        "patches": np.zeros((ROWS, 8, 48), np.float32),
+        "patch_segments": np.zeros((ROWS, 8), np.int32),
+        "patch_places": np.zeros((ROWS, 8, 2), np.int32),
+        "image_features": np.zeros((ROWS, LENGTH), np.int32),
+    }
+    for row in range(ROWS):
+        for picture in range(row % 3):
+            at = slice(4 * picture, 4 * picture + 4)
+            arrays["patches"][row, at] = random.normal(size=(4, 48))
+            arrays["patch_segments"][row, at] = picture + 1
+            arrays["patch_places"][row, at] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+            arrays["image_features"][row, 6 * picture : 6 * picture + 4] = 1 + 4 * picture + np.arange(4)
+    return {name: array.reshape(accumulation, -1, *array.shape[1:]) for name, array in arrays.items()}
+
+
+def built(mesh: jax.sharding.Mesh, *, trained: set[str] | None = None) -> tuple[Step, Any, Any]:
+    """A step, and parameters of which only the trained ones are in the state."""
+    params = init_params(jax.random.key(0), CONFIG, dtype=jnp.float32)
+    own, frozen = split(params, trained or set(paths(params)))
+    # An epsilon that a gradient of rounding errors alone cannot pass: AdamW would make a whole update of it.
+    optimizer = optim.build(
+        "adamw", schedule=lambda step: 3e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-5, momentum=0.0
+    )
+    loss = sft_loss(CONFIG, compute=Compute())
+    return build_step(loss, optimizer, own, mesh=mesh, max_grad_norm=1.0, frozen=frozen), own, frozen
+
+
+def made(name: str) -> jax.sharding.Mesh:
+    return make_mesh(MESHES[name], devices=jax.devices()[: math.prod(MESHES[name].values())])
+
+
+def trajectory(name: str, accumulation: int) -> tuple[np.ndarray, Any]:
+    mesh = made(name)
+    step, params, _ = built(mesh)
+    state, found = step.init(jax.device_put(params, step.shardings.params)), []
+    for number in range(STEPS):
+        state, metrics = step.train(state, None, device_batch(batch(number, accumulation=accumulation), mesh))
+        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return np.array(found), jax.device_get(state.params)
+
+
+CUTS = [
+    ("fsdp 4 × tensor 2", 2),
+    *(pytest.param(mesh, n, marks=pytest.mark.slow) for mesh in list(MESHES)[1:] for n in (1, 2)),
+]
+
+
+@functools.cache
+def plain() -> tuple[np.ndarray, Any]:
+    return trajectory("one device", 1)
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), CUTS)
+def test_steps_on_pictures_are_the_same_on_every_mesh_and_accumulation(mesh, accumulation):
+    expected, whole = plain()
+    found, params = trajectory(mesh, accumulation)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), params, whole)
+
+
+def test_a_frozen_tower_has_no_optimizer_state_and_its_backward_pass_is_not_computed():
+    mesh, costs = made("one device"), []
+    every = set(paths(abstract_params(CONFIG, dtype=jnp.float32)))
+    for trained in (every, {path for path in every if not path.startswith("vision/")}):
+        step, own, frozen = built(mesh, trained=trained)
+        state = jax.eval_shape(step.init.jitted, own)
+        host = {name: jnp.asarray(array) for name, array in batch(0, accumulation=1).items()}
+        with jax.set_mesh(mesh):
+            compiled = step.train.jitted.lower(state, frozen, host).compile()
+        kept = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+        costs.append((compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes, kept))
+    (flops, bytes_, moments), (fewer_flops, fewer_bytes, fewer_moments) = costs
+    tower = sum(leaf.size for path, leaf in paths(own | frozen).items() if path.startswith("vision/"))
+    assert fewer_moments == moments - 2 * tower
+    assert fewer_bytes < bytes_
+    # The tower's backward pass is two thirds of its work; loops are counted once, so its own layers tell.
+    assert fewer_flops < 0.95 * flops
