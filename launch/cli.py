@@ -27,6 +27,9 @@ app = typer.Typer(
 tokenizers = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 app.add_typer(tokenizers, name="tokenizer")
 
+launches = typer.Typer(no_args_is_help=True, help="Start a run elsewhere (launch/README.md).")
+app.add_typer(launches, name="launch")
+
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 CONFIG_HELP = "YAML file, or Python file with get_config(arg), as file.py or file.py:arg."
 Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG_HELP)]
@@ -178,6 +181,31 @@ def train_tokenizer(
 
     names = tuple(special or ("<|endoftext|>",))
     train(files, output, Options(vocab_size, names, min_frequency, limit, chat, text_field))
+
+
+@launches.command("render", context_settings=OVERRIDES)
+def render_launch(
+    context: typer.Context,
+    config: Config,
+    target: Annotated[str, typer.Option(help="tpu-vm, queued-resources, gke-jobset, slurm, kubernetes or skypilot.")],
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the target, NAME=VALUE, once for each.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where it is written; default: shown.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Also give it to gcloud, kubectl, sbatch or sky.")] = False,
+) -> None:
+    """The script or manifest that starts `einkorn train -c FILE` elsewhere. Further options are train's, as
+    --training.max_steps 10.
+    """
+    from launch import render
+
+    text = render.render(target, config, given or [], context.args)
+    if run:
+        raise typer.Exit(render.run(target, text, output or render.default_file(target, text)))
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -4,9 +4,7 @@ import enum
 
 
 class Exit(enum.IntEnum):
-    """Exit codes. Beside these, 134, 137 and 139 (aborted, killed, segmentation fault) are worth a restart, others are
-    not.
-    """
+    """Exit codes. RESTARTABLE says which of all there are, these and a shell's own, are worth a restart."""
 
     DONE = 0
     BAD_INPUT = 2  # configuration or data: never restart
@@ -14,3 +12,7 @@ class Exit(enum.IntEnum):
     PREEMPTED = 42  # told to stop, saved, stopped: restart
     HUNG = 43  # no step for too long, or a dead worker: restart
     INTERRUPTED = 130  # Ctrl-C: the user's wish
+
+
+# Beside ours: aborted, as jax ends a process whose fellow is gone; killed; segmentation fault; SIGTERM before the loop.
+RESTARTABLE = (int(Exit.PREEMPTED), int(Exit.HUNG), 134, 137, 139, 143)
