@@ -41,6 +41,7 @@ def metric_texts(values: Mapping[str, Any]) -> list[str]:
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s{_per_device(values)}",
         "mfu": lambda value: f"MFU {100 * value:.1f} %",
         "data_wait": lambda value: f"data wait {100 * value:.0f} %",
+        "goodput": lambda value: f"goodput {100 * value:.0f} %",
         "eta_seconds": lambda value: f"ETA {duration(value)}",
     }
     texts = []

@@ -113,12 +113,15 @@ class Throughput:
         """Rates since the last `read`; empty while no step but the first is over.
 
         tokens_per_second, tokens_per_second_per_device, steps_per_second, data_wait (share of the time spent waiting),
-        eta_seconds (at the pace so far, pauses included), and mfu (0 to 1) where it is known.
+        goodput (share of all seconds since the run began that went into steps after the first: not into getting ready,
+        compiling, waiting for data, evaluating, saving), eta_seconds (at the pace so far, pauses included), and mfu (0
+        to 1) where it is known.
         """
         now = self._clock()
         if self._window.steps == 0:
             return {}
         rates = self._rates(self._window, now)
+        rates["goodput"] = self._goodput(now)
         rates["eta_seconds"] = self._left * (now - self._run.since) / self._run.steps
         self._window = _Tally(since=now)
         return rates
@@ -134,9 +137,14 @@ class Throughput:
                 "train_samples_per_second": self._run.rows / seconds,
                 "train_steps_per_second": rates["steps_per_second"],
                 "train_tokens_per_second": rates["tokens_per_second"],
+                "train_goodput": self._goodput(now),
             }
             result |= {"train_mfu": rates["mfu"]} if "mfu" in rates else {}
         return result
+
+    def _goodput(self, now: float) -> float:
+        productive = self._run.seconds(now) - self._run.waited
+        return max(productive, 0.0) / max(now - self._born, 1e-9)
 
     def _rates(self, tally: "_Tally", now: float) -> dict[str, float]:
         seconds = tally.seconds(now)

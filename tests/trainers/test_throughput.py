@@ -95,6 +95,7 @@ def test_rates_leave_out_the_first_step_and_pauses_and_tell_the_waiting():
         "tokens_per_second_per_device": 25.0,
         "steps_per_second": 0.25,
         "data_wait": 0.25,
+        "goodput": 6 / 47,  # 2 steps of 3 seconds, of all since the run began
         "eta_seconds": 25.0,  # 5 steps left, 10 seconds for the 2 so far
     }
     clock.now += 2
@@ -104,6 +105,7 @@ def test_rates_leave_out_the_first_step_and_pauses_and_tell_the_waiting():
         "tokens_per_second_per_device": 50.0,
         "steps_per_second": 0.5,
         "data_wait": 0.0,
+        "goodput": 8 / 49,
         "eta_seconds": 16.0,  # 4 steps left, 12 seconds for the 3 so far
     }
     assert meter.summary() == {
@@ -111,7 +113,22 @@ def test_rates_leave_out_the_first_step_and_pauses_and_tell_the_waiting():
         "train_samples_per_second": 1.5,
         "train_steps_per_second": 0.3,
         "train_tokens_per_second": 120.0,
+        "train_goodput": 8 / 49,
     }
+
+
+def test_goodput_counts_no_pause_wait_or_compilation():
+    clock = Clock()
+    meter = Throughput(total_steps=3, clock=clock)
+    clock.now += 10
+    meter.step(tokens=1, rows=1)
+    with meter.waiting_for_data():
+        clock.now += 5
+    clock.now += 60
+    meter.step(tokens=1, rows=1)
+    with meter.pause():
+        clock.now += 25
+    assert meter.read()["goodput"] == meter.summary()["train_goodput"] == 0.6
 
 
 def test_a_run_of_one_step_has_a_run_time_and_no_rates():
