@@ -148,6 +148,7 @@ def test_the_documented_configuration_of_verl_trains_as_it_stands(files, tiny_ch
     assert_loads(output)
 
 
+@pytest.mark.slow
 def test_rewards_of_verl_are_lowered_by_the_divergence_from_the_first_weights(files, tiny_chat_model):
     output = files / "diverged"
     kl = "{use_kl_in_reward: true, kl_ctrl: {type: adaptive, kl_coef: 0.5, horizon: 100}}"

@@ -168,6 +168,7 @@ def test_two_processes_read_a_part_each_and_train_the_same_model(files, straight
     assert losses(again) == pytest.approx(rest, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_that_read_and_tokenise_change_nothing(files, straight):
     output = files / "workers"
     words = [f"--training.output_dir={output}", "--training.dataloader_num_workers=2"]

@@ -144,8 +144,15 @@ def test_gradients_are_those_of_transformers(tmp_path):
     )
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [
+        ("none", 3),
+        ("full", 1),
+        ("dots", 3),
+        *(pytest.param(remat, n, marks=pytest.mark.slow) for remat, n in (("none", 1), ("full", 3), ("dots", 1))),
+    ],
+)
 def test_recomputing_and_unrolling_change_nothing(remat, unroll, tmp_path):
     _, params, config = made(tmp_path)
     tokens = some_tokens(2, 16)
@@ -237,7 +244,7 @@ def test_dropout_that_a_file_asks_for_is_named_in_the_log_and_not_applied(caplog
     assert "attention_dropout 0.1: dropout inside the model is not applied" in caplog.text
 
 
-@pytest.mark.parametrize("length", [8, 128, 512, 2048])
+@pytest.mark.parametrize("length", [8, 128, 512, pytest.param(2048, marks=pytest.mark.slow)])
 def test_the_real_smollm2_has_transformers_logits(length, smollm2_folder):
     params, config = ours(smollm2_folder)
     reference = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()

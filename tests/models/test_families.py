@@ -301,6 +301,7 @@ def test_all_gradients_are_those_of_transformers(case: Case) -> None:
         assert np.abs(np.asarray(ours[path]) - np.asarray(expected)).max() <= 1e-4 * scale, path
 
 
+@pytest.mark.slow
 def test_padding_on_either_side_changes_nothing(case: Case) -> None:
     length, expected = 17, run(case.params, plain_row(case), case.config)[0]
     for first in (0, L - length):
