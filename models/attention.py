@@ -22,8 +22,8 @@ MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numb
 
 
 class Where(NamedTuple):
-    """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S], and their
-    branches, where documents have any.
+    """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S], their
+    branches, where documents have any, and groups that see one another both ways (0: none), such as a picture's tokens.
     """
 
     q_positions_BL: jax.Array
@@ -32,6 +32,8 @@ class Where(NamedTuple):
     k_segments_BS: jax.Array
     q_branches_BL: jax.Array | None = None
     k_branches_BS: jax.Array | None = None
+    q_groups_BL: jax.Array | None = None
+    k_groups_BS: jax.Array | None = None
 
     @property
     def branched(self) -> bool:
@@ -40,14 +42,18 @@ class Where(NamedTuple):
 
     def part(self, queries: slice, keys: slice) -> "Where":
         """Where these queries and these keys stand."""
-        cuts = (queries, keys) * 3
+        cuts = (queries, keys) * 4
         return Where._make(None if x is None else x[:, cut] for x, cut in zip(self, cuts, strict=True))
 
     def visible_BLS(self, window: int | None) -> jax.Array:
         """True where a query may look at a key: itself and those before it, `window` in all."""
         same = self.q_segments_BL[:, :, None] == self.k_segments_BS[:, None, :]
         back_BLS = self.q_positions_BL[:, :, None] - self.k_positions_BS[:, None, :]
-        visible = same & (back_BLS >= 0)
+        before_BLS = back_BLS >= 0
+        if self.q_groups_BL is not None and self.k_groups_BS is not None:
+            alike_BLS = self.q_groups_BL[:, :, None] == self.k_groups_BS[:, None, :]
+            before_BLS |= alike_BLS & (self.q_groups_BL > 0)[:, :, None]
+        visible = same & before_BLS
         if self.q_branches_BL is not None and self.k_branches_BS is not None:
             shared_BLS = self.k_branches_BS[:, None, :] == 0
             visible &= shared_BLS | (self.q_branches_BL[:, :, None] == self.k_branches_BS[:, None, :])
@@ -93,7 +99,9 @@ def attend(
     """
     run = BACKENDS[pick(backend, jax.default_backend())].attend
     scores = Scores(scale, window, softcap)
-    if reach is not None and window is not None and not where.branched:
+    if where.q_groups_BL is not None:
+        reach = None  # a key may stand after its query
+    elif reach is not None and window is not None and not where.branched:
         reach = min(reach, window)
     return run(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
 

@@ -129,7 +129,8 @@ def routed_hidden_states(
     images: Images | None = None,
 ) -> tuple[jax.Array, RouterStats | None]:
     """As `hidden_states`, and what the routers of all layers did, each leaf summed over them (None without experts)."""
-    where = Where(positions_BL, positions_BL, segments_BL, segments_BL, branches_BL, branches_BL)
+    groups_BL = None if images is None else images.groups
+    where = Where(positions_BL, positions_BL, segments_BL, segments_BL, branches_BL, branches_BL, groups_BL, groups_BL)
     lengths_BL = document_lengths(positions_BL, segments_BL)
     x_BLD, _, stats = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=None, images=images)
     return x_BLD, stats
@@ -153,6 +154,9 @@ def cached_hidden_states(
     S = (cache[0] if isinstance(cache, list) else cache).k.shape[3]
     places_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (positions_BL.shape[0], S))
     where = Where(positions_BL, places_BS, jnp.ones_like(positions_BL), jnp.ones_like(places_BS))
+    if images is not None and images.groups is not None:  # a prompt's first tokens: they stand in the first places
+        after = ((0, 0), (0, S - images.groups.shape[1]))
+        where = where._replace(q_groups_BL=images.groups, k_groups_BS=jnp.pad(images.groups, after))
     lengths_BL = None if lengths_B is None else lengths_B[:, None]
     x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=cache, images=images)
     assert new_cache is not None

@@ -8,7 +8,7 @@ segment. What differs between families is in `Vision`, and in which of PROJECTOR
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,34 +26,37 @@ from models.stack import Params, block_of, cast, periods, scan
 Shapes = dict[str, tuple[int, ...]]
 
 
-KEYS = ("patches", "patch_segments", "patch_places", "image_features")  # of a batch, in the order of Images
+KEYS = ("patches", "patch_segments", "patch_places", "image_features", "groups")  # of a batch, as Images has them
 
 
 class Images(NamedTuple):
     """The pictures of a batch of rows: `patches` [B, P, C], which segment each is of (0: none) [B, P], its row and
-    column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L].
+    column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L]. Of families
+    whose pictures see themselves both ways, the group of each token, or 0 [B, L].
     """
 
     patches: Any
     segments: Any
     places: Any
     features: Any
+    groups: Any = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "Images | None":
         """Those of a batch that has any."""
-        return cls(*(batch[key] for key in KEYS)) if KEYS[0] in batch else None
+        return cls(*(batch.get(key) for key in KEYS)) if KEYS[0] in batch else None
 
 
 class Shown(NamedTuple):
     """The pictures of one prompt, as `Images` has those of rows: patches [p, C], segments [p], places [p, 2], and for
-    each of its tokens the feature that takes its place [n].
+    each of its tokens the feature that takes its place [n], and its group [n].
     """
 
     patches: np.ndarray
     segments: np.ndarray
     places: np.ndarray
     features: np.ndarray
+    groups: np.ndarray | None = None
 
 
 def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -> Images | None:
@@ -69,10 +72,12 @@ def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -
         np.zeros((rows, most), np.int32),
         np.zeros((rows, most, 2), np.int32),
         np.zeros((rows, length), np.int32),
+        None if shown[0].groups is None else np.zeros((rows, length), np.int32),
     )
     for row, one in enumerate(prompts):
         for whole, own in zip(images, one or (), strict=False):
-            whole[row, : len(own)] = own
+            if own is not None:
+                whole[row, : len(own)] = own
     return images
 
 
@@ -96,8 +101,9 @@ class Vision:
     takes: tuple[int, ...] | None
     drops_class: bool
     projector: str  # a name of PROJECTORS
-    projector_bias: bool
-    activation: str
+    projector_bias: bool = False
+    activation: str = "gelu"
+    pooled: int = 0  # features in a row of a tile that are left of its patches
 
     @property
     def width(self) -> int:
@@ -243,4 +249,17 @@ def _linear(layer: Params, x: jax.Array) -> jax.Array:
     return out + layer["bias"][None, None, :] if "bias" in layer else out
 
 
-PROJECTORS = {"mlp": Projector(_mlp_shapes, _mlp)}
+def _pooled_shapes(vision: Vision, width: int) -> Shapes:
+    return {"norm/scale": (vision.width,), "up/kernel": (vision.width, width)}
+
+
+def _pooled(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+    """Squares of patches averaged, normed as Gemma norms, and projected."""
+    side = vision.columns // vision.pooled
+    x = x_TPE.reshape(-1, vision.pooled, side, vision.pooled, side, x_TPE.shape[-1]).mean(axis=(2, 4))
+    text = replace(vision.layers, norm="rms_plus_one")
+    x_TFE = x.reshape(-1, vision.pooled**2, x_TPE.shape[-1])
+    return matrix_product(normed(x_TFE, projector["norm"]["scale"], None, text), projector["up"]["kernel"])
+
+
+PROJECTORS = {"mlp": Projector(_mlp_shapes, _mlp), "pooled": Projector(_pooled_shapes, _pooled)}

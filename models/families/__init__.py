@@ -24,6 +24,7 @@ FAMILIES = {
     "cohere2": "models.families.cohere2",
     "gemma": "models.families.gemma",
     "gemma2": "models.families.gemma2",
+    "gemma3": "models.families.gemma3",
     "gemma3_text": "models.families.gemma3_text",
     "glm4": "models.families.glm4",
     "gpt2": "models.families.gpt2",
