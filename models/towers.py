@@ -37,7 +37,10 @@ CLIP = {
     "vision/pre_norm/bias": "pre_layrnorm.bias",
 }
 SIGLIP = {**LAYERS, "vision/patch/bias": "embeddings.patch_embedding.bias"}
-WEIGHTS = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP}
+WEIGHTS = {
+    "clip_vision_model": CLIP,
+    **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), SIGLIP),
+}
 
 
 def layers_of(fields: Fields) -> DecoderConfig:
@@ -54,9 +57,11 @@ def layers_of(fields: Fields) -> DecoderConfig:
     )
 
 
-def tower(fields: Fields) -> dict[str, Any]:
-    """The arguments of `models.vision.Vision` that say what a tower computes."""
-    kind = fields["model_type"]
+def tower(fields: Fields, default: str | None = None) -> dict[str, Any]:
+    """The arguments of `models.vision.Vision` that say what a tower computes; `default` is the `model_type` of one that
+    does not say.
+    """
+    kind = fields.get("model_type", default)
     if kind not in WEIGHTS:
         raise ValueError(
             f"not implemented yet: a vision_config of model_type {kind!r}; implemented: {', '.join(WEIGHTS)}"

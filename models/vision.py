@@ -103,7 +103,8 @@ class Vision:
     projector: str  # a name of PROJECTORS
     projector_bias: bool = False
     activation: str = "gelu"
-    pooled: int = 0  # features in a row of a tile that are left of its patches
+    pooled: int = 0  # features in a row of a tile that are left of its patches, or patches in a row of a feature
+    fractions: bool = False  # a patch's position is looked up by how far it is through its tile
 
     @property
     def width(self) -> int:
@@ -189,6 +190,8 @@ def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tupl
     if "bias" in tower["patch"]:
         x_TPE = x_TPE + tower["patch"]["bias"][None, None, :]
     places_TP2 = images.places.reshape(-1, p, 2)
+    if vision.fractions:
+        places_TP2 = jnp.asarray(_by_fraction(vision.columns))[places_TP2]
     at_TP = places_TP2[..., 0] * vision.columns + places_TP2[..., 1]
     if vision.class_token:
         first = jnp.broadcast_to(tower["class"]["embedding"][None, None, :], (x_TPE.shape[0], 1, x_TPE.shape[2]))
@@ -199,6 +202,15 @@ def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tupl
     if vision.pre_norm:
         x_TPE = normed(x_TPE, tower["pre_norm"]["scale"], tower["pre_norm"]["bias"], vision.layers)
     return constrain(x_TPE, ROWS, None, None), segments_TP
+
+
+def _by_fraction(columns: int) -> np.ndarray:
+    """The row or column of the table for each row or column of a tile: its own, but for what float32 makes of
+    fractions, as in the model that was trained so.
+    """
+    bounds = ((1 + np.arange(columns - 1)) / columns).astype(np.float32)
+    through = np.minimum(np.arange(columns, dtype=np.float32) * np.float32(1 / columns), np.float32(1 - 1e-6))
+    return np.searchsorted(bounds, through, side="right").astype(np.int32)
 
 
 def _outputs(
@@ -262,4 +274,31 @@ def _pooled(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
     return matrix_product(normed(x_TFE, projector["norm"]["scale"], None, text), projector["up"]["kernel"])
 
 
-PROJECTORS = {"mlp": Projector(_mlp_shapes, _mlp), "pooled": Projector(_pooled_shapes, _pooled)}
+def _linear_shapes(vision: Vision, width: int) -> Shapes:
+    bias: Shapes = {"up/bias": (width,)} if vision.projector_bias else {}
+    return {"up/kernel": (vision.width, width)} | bias
+
+
+def _alone(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+    """Each output by itself, through one linear layer."""
+    return _linear(projector["up"], x_TPE)
+
+
+def _joined_shapes(vision: Vision, width: int) -> Shapes:
+    return {"up/kernel": (vision.width * vision.pooled**2, width)}
+
+
+def _joined(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+    """Squares of neighbouring patches side by side, through one linear layer (arXiv:2408.12637, section 2)."""
+    side, E = vision.pooled, x_TPE.shape[-1]
+    few = vision.columns // side
+    x = x_TPE.reshape(-1, few, side, few, side, E).transpose(0, 1, 3, 2, 4, 5)
+    return _linear(projector["up"], x.reshape(-1, few * few, side * side * E))
+
+
+PROJECTORS = {
+    "mlp": Projector(_mlp_shapes, _mlp),
+    "linear": Projector(_linear_shapes, _alone),
+    "pooled": Projector(_pooled_shapes, _pooled),
+    "joined": Projector(_joined_shapes, _joined),
+}

@@ -52,7 +52,8 @@ class Family(NamedTuple):
     make: Callable[[], Any]
     features: int
     side: int = 28
-    groups: bool = False
+    groups: str = ""  # which tokens see one another both ways: of each of the "pictures", or of the "prefix"
+    apart: bool = False  # pictures of rows stand on an axis of their own
 
 
 def llava(text: Any, tower: Any, **kwargs: Any) -> Any:
@@ -70,6 +71,22 @@ def gemma3() -> Any:
         text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=IMAGE
     )
     return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def paligemma() -> Any:
+    text = transformers.GemmaConfig(**TEXT, head_dim=8)
+    tower = transformers.SiglipVisionConfig(**TOWER, vision_use_head=False, projection_dim=32)
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=tower, image_token_index=IMAGE, projection_dim=32, hidden_size=32
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def idefics3(config: Any, model: Any, **kwargs: Any) -> Any:
+    tower = TOWER | {"image_size": 56, **kwargs}
+    return model(
+        config(vision_config=tower, text_config=transformers.LlamaConfig(**TEXT).to_dict(), image_token_id=IMAGE)
+    )
 
 
 FAMILIES = {
@@ -94,11 +111,28 @@ FAMILIES = {
         ),
         4,
     ),
-    "gemma3": Family(gemma3, 4, side=56, groups=True),
+    "gemma3": Family(gemma3, 4, side=56, groups="pictures"),
+    "paligemma": Family(paligemma, 4, groups="prefix"),
+    "idefics3": Family(
+        lambda: idefics3(transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration),
+        4,
+        side=56,
+        apart=True,
+    ),
+    "smolvlm": Family(
+        lambda: idefics3(transformers.SmolVLMConfig, transformers.SmolVLMForConditionalGeneration),
+        4,
+        side=56,
+        apart=True,
+    ),
 }
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+# SmolVLM is Idefics3 by another name, and the tests are many.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name == "smolvlm" else ()) for name in FAMILIES],
+)
 def family(request, tmp_path_factory) -> tuple[Family, Path, Any]:
     """A family, a folder that transformers saved, and its model."""
     torch.manual_seed(0)
@@ -127,7 +161,24 @@ def rows(family: Family, *, pictures: bool) -> dict[str, np.ndarray]:
     segments = (np.arange(LENGTH)[None, :] < lengths[:, None]).astype(np.int32)
     pixels = random.normal(size=(sum(PICTURES), 3, family.side, family.side)).astype(np.float32)
     given = {"tokens": tokens * segments, "segments": segments, "features": numbers, "pixels": pixels}
+    if family.groups == "prefix":
+        return given | {"groups": (np.arange(LENGTH)[None, :] < np.array([16, 10, 3])[:, None]).astype(np.int32)}
     return given | ({"groups": -(-numbers // features)} if family.groups else {})
+
+
+def pixels_of(family: Family, pictures: list[np.ndarray]) -> torch.Tensor:
+    """Pictures of rows as a family's model of transformers takes them: all in a row, or [B, n, 3, H, W]."""
+    if not family.apart:
+        return torch.tensor(np.concatenate(pictures))
+    made = np.zeros((len(pictures), max(map(len, pictures)), *pictures[0].shape[1:]), np.float32)
+    for row, own in enumerate(pictures):
+        made[row, : len(own)] = own
+    return torch.tensor(made)
+
+
+def types_of(family: Family, groups: np.ndarray) -> torch.Tensor:
+    """Groups as transformers' `token_type_ids`: 1 for pictures, or for what is no prefix."""
+    return torch.tensor(groups == 0 if family.groups == "prefix" else groups > 0).long()
 
 
 def images_of(given: dict[str, np.ndarray]) -> Images:
@@ -171,11 +222,12 @@ def ours(folder: Path, given: dict[str, np.ndarray], weights: np.ndarray, *, pic
     return np.asarray(logits), paths(gradients), table_of(hf_config).names
 
 
-def theirs(model: Any, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
+def theirs(family: Family, model: Any, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
     model.zero_grad()
-    shown = {"pixel_values": torch.tensor(given["pixels"])} if pictures else {}
-    if "groups" in given:
-        shown["token_type_ids"] = torch.tensor(given["groups"] > 0).long()
+    each = np.split(given["pixels"], np.cumsum(PICTURES)[:-1])
+    shown = {"pixel_values": pixels_of(family, each)} if pictures else {}
+    if "groups" in given and (pictures or family.groups == "pictures"):
+        shown["token_type_ids"] = types_of(family, given["groups"])
     logits = model(
         input_ids=torch.tensor(given["tokens"]).long(), attention_mask=torch.tensor(given["segments"]).long(), **shown
     ).logits
@@ -190,7 +242,7 @@ def test_logits_and_gradients_are_those_of_transformers(family, pictures, tmp_pa
     weights = np.random.default_rng(2).normal(size=(3, LENGTH, VOCABULARY)).astype(np.float32)
     weights *= given["segments"][:, :, None]
     found, gradients, names = ours(folder, given, weights, pictures=pictures)
-    expected = theirs(model, given, weights, pictures=pictures)
+    expected = theirs(chosen, model, given, weights, pictures=pictures)
     has = given["segments"] > 0
     np.testing.assert_allclose(found[has], expected[has], rtol=1e-4, atol=1e-4 * np.abs(expected[has]).max())
     save_gradients(model, tmp_path)
@@ -231,6 +283,10 @@ def test_a_folder_is_written_byte_for_byte_and_loads_strictly(family, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+RENAMED = [name for name in FAMILIES if name not in ("idefics3", "smolvlm")]  # whose names are what they were
+
+
+@pytest.mark.parametrize("family", RENAMED, indirect=True)
 def test_older_names_of_tensors_are_understood(family, tmp_path):
     _, folder, _ = family
     config = decoder_config(json.loads((folder / "config.json").read_text()))
@@ -257,6 +313,8 @@ def test_answers_to_prompts_with_pictures_are_those_of_transformers(family):
     config = decoder_config(json.loads((folder / "config.json").read_text()))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = load_params(folder, config, shardings=one, dtype=jnp.float32)
+    if chosen.groups == "prefix":
+        given["groups"] = given["segments"]  # all of a prompt is
     lengths, images = given["segments"].sum(axis=1), images_of(given)
     prompts = [given["tokens"][row, :length].tolist() for row, length in enumerate(lengths)]
     shown = [
@@ -276,8 +334,8 @@ def test_answers_to_prompts_with_pictures_are_those_of_transformers(family):
     model.generation_config.eos_token_id = None
     pixels = np.split(given["pixels"], np.cumsum(PICTURES)[:-1])
     for row, prompt in enumerate(prompts):
-        seen = {"pixel_values": torch.tensor(pixels[row])} if PICTURES[row] else {}
-        if chosen.groups:
-            seen["token_type_ids"] = torch.tensor(given["groups"][row : row + 1, : len(prompt)] > 0).long()
+        seen = {"pixel_values": pixels_of(chosen, [pixels[row]])} if PICTURES[row] else {}
+        if chosen.groups and (PICTURES[row] or chosen.groups == "pictures"):
+            seen["token_type_ids"] = types_of(chosen, given["groups"][row : row + 1, : len(prompt)])
         expected = model.generate(torch.tensor([prompt]), **seen, max_new_tokens=NEW, do_sample=False)[0, len(prompt) :]
         assert found[row].ids == found[row + len(prompts)].ids == expected.tolist()
