@@ -36,7 +36,7 @@ class Described(NamedTuple):
     base: str
     tokenizer: Any
     generation_config: Mapping[str, Any] | None
-    processor: Mapping[str, str]
+    processor: Mapping[str, str] | None = None
 
 
 def write_model(folder: Path, parts: Parts, about: Described) -> None:

@@ -183,7 +183,7 @@ def test_trainer_kwargs_have_the_defaults_of_trl_and_transformers():
 
 def test_words_that_name_code_are_the_names_the_code_has():
     from models.attention import BACKENDS
-    from models.decoder import REMAT
+    from models.stack import REMAT
 
     assert set(KEYS["model.attn_implementation"].choices) == {"auto", *BACKENDS}
     assert set(KEYS["training.remat_policy"].choices) == {"none", *REMAT}
