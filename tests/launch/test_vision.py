@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file
 from transformers import LlavaForConditionalGeneration
 
@@ -168,6 +169,31 @@ def test_a_policy_learns_from_its_own_answers_about_pictures(trainer, tiny_seein
     apart = [event["sampling/sampling_logp_difference/max"] for event in events if "loss" in event]
     assert len(apart) == 2
     assert max(apart) < 1e-4  # the sampler saw what training sees
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_seeing_model, tmp_path / "out"))
+    moved = {name.split(".")[0] for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {"language_model", "multi_modal_projector"}
+
+
+@pytest.mark.slow
+def test_preferences_between_answers_about_pictures_are_learned(tiny_seeing_model, coloured_rows, tmp_path):
+    rows = [json.loads(line) for line in coloured_rows.read_text().splitlines() if "image_path" in line]
+    wrong = [{"role": "assistant", "content": "mill."}]
+    pairs = tmp_path / "pairs.jsonl"
+    made = ({"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": wrong} for row in rows)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
+    config = tmp_path / "dpo.yaml"
+    entry = {"dataset_name": "preference_pairs_jsonl", "dataset_path": str(pairs)}
+    train = {"datasets": [entry], "collator_name": "dpo_with_padding", "image_root": str(coloured_rows.parent)}
+    says = {
+        "model": {"model_name": str(tiny_seeing_model), "freeze_layers": ["vision_encoder"]},
+        "data": {"train": train},
+        "training": {"trainer_type": "TRL_DPO"},
+    }
+    config.write_text(yaml.safe_dump(says))
+    run(tmp_path / "out", config, max_steps=12, save_steps=0)
+    found = losses(tmp_path / "out")
+    assert found[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert np.mean(found[-3:]) < 0.6 * found[0]
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_seeing_model, tmp_path / "out"))
     moved = {name.split(".")[0] for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {"language_model", "multi_modal_projector"}
