@@ -28,7 +28,8 @@ def shown_of(processor: Processor | None, ids: Sequence[int], pictures: Prepared
         return None
     assert processor is not None
     beside = processor.token_arrays(np.asarray(ids, np.int32), 0, pictures)
-    return Shown(pictures.patches, pictures.segments, pictures.places, beside["image_features"], beside.get("groups"))
+    of_tokens = beside["image_features"], beside.get("groups"), beside.get("axes")
+    return Shown(pictures.patches, pictures.segments, pictures.places, *of_tokens)
 
 
 def message(text: str, files: Sequence[Path]) -> dict[str, Any]:

@@ -18,12 +18,14 @@ log = logging.getLogger(__name__)
 
 BLOCK = 128  # queries that are computed together, at least
 MOST_BLOCKS = 32  # of a row: each is compiled by itself
+WHOLE = 1 << 22  # scores of a head that are computed at once where every key may be in reach
 MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numbers and not NaN
 
 
 class Where(NamedTuple):
     """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S], their
-    branches, where documents have any, and groups that see one another both ways (0: none), such as a picture's tokens.
+    branches, where documents have any, groups that see one another both ways (0: none), such as a picture's tokens, and
+    the squares that patches are in: there a window is one's own square.
     """
 
     q_positions_BL: jax.Array
@@ -34,6 +36,8 @@ class Where(NamedTuple):
     k_branches_BS: jax.Array | None = None
     q_groups_BL: jax.Array | None = None
     k_groups_BS: jax.Array | None = None
+    q_squares_BL: jax.Array | None = None
+    k_squares_BS: jax.Array | None = None
 
     @property
     def branched(self) -> bool:
@@ -42,7 +46,7 @@ class Where(NamedTuple):
 
     def part(self, queries: slice, keys: slice) -> "Where":
         """Where these queries and these keys stand."""
-        cuts = (queries, keys) * 4
+        cuts = (queries, keys) * 5
         return Where._make(None if x is None else x[:, cut] for x, cut in zip(self, cuts, strict=True))
 
     def visible_BLS(self, window: int | None) -> jax.Array:
@@ -57,7 +61,11 @@ class Where(NamedTuple):
         if self.q_branches_BL is not None and self.k_branches_BS is not None:
             shared_BLS = self.k_branches_BS[:, None, :] == 0
             visible &= shared_BLS | (self.q_branches_BL[:, :, None] == self.k_branches_BS[:, None, :])
-        return visible if window is None else visible & (back_BLS < window)
+        if window is None:
+            return visible
+        if self.q_squares_BL is not None and self.k_squares_BS is not None:
+            return visible & (self.q_squares_BL[:, :, None] == self.k_squares_BS[:, None, :])
+        return visible & (back_BLS < window)
 
 
 class Scores(NamedTuple):
@@ -139,15 +147,17 @@ def _xla(
     reach: int | None,
 ) -> jax.Array:
     """Plain XLA, a block of queries at a time with the keys in its reach: memory grows with L, not with its square."""
-    L = q_BLNH.shape[1]
+    L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     block = max(BLOCK, -(-L // MOST_BLOCKS))
     mesh = jax.sharding.get_abstract_mesh()
-    if reach is None or 2 * block >= L or (not mesh.empty and mesh.shape["context"] > 1):
+    few = 2 * block >= L or (reach is None and L * S <= WHOLE)
+    if few or (not mesh.empty and mesh.shape["context"] > 1):
         return _products(q_BLNH, k_BSKH, v_BSKH, sinks_N, where, scores)
     products = jax.checkpoint(_products, static_argnums=5)
     out = []
     for start in range(0, L, block):
-        queries, keys = slice(start, start + block), slice(max(0, start - reach + 1), start + block)
+        queries = slice(start, start + block)
+        keys = slice(0, S) if reach is None else slice(max(0, start - reach + 1), start + block)
         near = where.part(queries, keys)
         out.append(products(q_BLNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], sinks_N, near, scores))
     return jnp.concatenate(out, axis=1)

@@ -145,11 +145,14 @@ def cached_hidden_states(
     positions_BL: jax.Array,
     compute: Compute,
     lengths_B: jax.Array | None = None,
+    turns_BL: jax.Array | None = None,
     images: Images | None = None,
 ) -> tuple[jax.Array, Any]:
     """As `hidden_states` for new tokens that follow those in the cache, and that cache with them; a position beyond the
     cache's places is not stored. `lengths_B` is how long each row's text now is, where padding makes its last position
-    a later one. Parameters with their layers apart (`layers_apart`) go with a list of caches.
+    a later one; `turns_BL` by which positions tokens are rotated, where these are others than their places, as after a
+    picture whose tokens have rows and columns. Parameters with their layers apart (`layers_apart`) go with a list of
+    caches.
     """
     S = (cache[0] if isinstance(cache, list) else cache).k.shape[3]
     places_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (positions_BL.shape[0], S))
@@ -158,7 +161,9 @@ def cached_hidden_states(
         after = ((0, 0), (0, S - images.groups.shape[1]))
         where = where._replace(q_groups_BL=images.groups, k_groups_BS=jnp.pad(images.groups, after))
     lengths_BL = None if lengths_B is None else lengths_B[:, None]
-    x_BLD, new_cache, _ = _run(params, config, tokens_BL, where, lengths_BL, compute, cache=cache, images=images)
+    x_BLD, new_cache, _ = _run(
+        params, config, tokens_BL, where, lengths_BL, compute, cache=cache, turns_BL=turns_BL, images=images
+    )
     assert new_cache is not None
     return x_BLD, new_cache
 
@@ -196,13 +201,13 @@ def _run(
     *,
     cache: Any,
     images: Images | None,
+    turns_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, RouterStats | None]:
+    turns: jax.Array = where.q_positions_BL if turns_BL is None else turns_BL
+    if images is not None and images.axes is not None:
+        turns = images.axes
     road = Road(
-        tables={
-            rope: rope.tables(where.q_positions_BL, lengths_BL)
-            for rope in {layer.rope for layer in config.each}
-            if rope
-        },
+        tables={rope: rope.tables(turns, lengths_BL) for rope in {layer.rope for layer in config.each} if rope},
         where=where,
         reach=_reach(where, None if cache is not None else compute.longest_document),
         attention=compute.attention,

@@ -48,27 +48,37 @@ class Growing(NamedTuple):
 @dataclass(frozen=True)
 class Rope:
     """How positions rotate queries and keys: radians per position of each pair, in documents beyond the trained context
-    perhaps others; a factor of cosines and sines; and whether pairs are neighbours (2p, 2p + 1) or (p, p + P).
+    perhaps others; a factor of cosines and sines; whether pairs are neighbours (2p, 2p + 1) or (p, p + P); and where
+    positions have several axes, such as a row and a column, by which of them each pair is turned.
     """
 
     frequencies: tuple[float, ...]
     beyond: Longer | Growing | None = None
     factor: float = 1.0
     interleaved: bool = False
+    axes: tuple[int, ...] = ()
 
     def tables(self, positions_BL: jax.Array, lengths_BL: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines [B, L, P] in float32, times the factor.
+        """Cosines and sines [B, L, P] in float32, times the factor, of positions [B, L] or, with axes, [B, L, A].
 
         `lengths_BL` is the length of the document that each token belongs to; None: the row is one document, which ends
         at its largest position. It is the document that decides, and not the batch, so that packed is as separate.
         """
         frequencies_BLP = jnp.asarray(self.frequencies, jnp.float32)[None, None, :]
+        if self.axes and positions_BL.ndim == 3:
+            return self._by_axes(positions_BL, frequencies_BLP)
         if self.beyond is not None:
             if lengths_BL is None:
                 lengths_BL = jnp.max(positions_BL, axis=1, keepdims=True) + 1
             longer_BL1 = lengths_BL[..., None] > self.beyond.context
             frequencies_BLP = jnp.where(longer_BL1, self.beyond.at(lengths_BL), frequencies_BLP)
-        angles_BLP = positions_BL.astype(jnp.float32)[..., None] * frequencies_BLP
+        return self._of(positions_BL.astype(jnp.float32)[..., None] * frequencies_BLP)
+
+    def _by_axes(self, positions_BLA: jax.Array, frequencies_BLP: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert self.beyond is None, "positions on axes, and frequencies by length"
+        return self._of(positions_BLA[..., np.array(self.axes)].astype(jnp.float32) * frequencies_BLP)
+
+    def _of(self, angles_BLP: jax.Array) -> tuple[jax.Array, jax.Array]:
         cos_BLP, sin_BLP = jnp.cos(angles_BLP), jnp.sin(angles_BLP)
         return (cos_BLP, sin_BLP) if self.factor == 1.0 else (cos_BLP * self.factor, sin_BLP * self.factor)
 
@@ -148,6 +158,7 @@ def rope_config(
     if base is None:
         raise ValueError("config.json lacks the base of its rotary positions: rope_theta, or rope_parameters with one")
     part = parameters.pop("partial_rotary_factor", None)
+    sections = parameters.pop("mrope_section", ())
     original = fields.get("original_max_position_embeddings", None) or parameters.get(
         "original_max_position_embeddings"
     )
@@ -163,7 +174,19 @@ def rope_config(
         scaled = SCALINGS[kind](plain, **parameters)
     except TypeError as error:
         raise ValueError(f"rope of type {kind!r} in config.json: {error}") from None
-    return Rope(_floats(scaled.frequencies), scaled.beyond, float(scaled.factor), interleaved)
+    axes = tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
+    if axes and (len(axes) != len(scaled.frequencies) or scaled.beyond is not None):
+        pairs = len(scaled.frequencies)
+        raise ValueError(f"mrope_section in config.json: {sections} for {pairs} pairs of rope type {kind!r}")
+    return Rope(_floats(scaled.frequencies), scaled.beyond, float(scaled.factor), interleaved, axes)
+
+
+def axial_rope(*, head_width: int, theta: float) -> Rope:
+    """Rotation of patches: the first half of the pairs by their row, the second by their column, at the same
+    frequencies.
+    """
+    each = _floats(1 / _powers(theta, head_width // 2))
+    return Rope(each * 2, axes=(0,) * len(each) + (1,) * len(each))
 
 
 def _parameters(fields: Any, layer_type: str | None) -> dict[str, Any]:
@@ -191,6 +214,8 @@ def _kind(parameters: dict[str, Any]) -> str:
     """Take the kind of scaling out of the parameters; LongRoPE went by other names in the first files of Phi 3."""
     older = parameters.pop("type", None)
     kind = parameters.pop("rope_type", None) or older or "default"
+    if kind == "mrope":  # what older files call the axes of Qwen2-VL's positions
+        return "default"
     return "longrope" if kind == "su" or (kind == "yarn" and "long_factor" in parameters) else kind
 
 

@@ -19,24 +19,29 @@ NONE = -1  # in the place of a token where there is none
 
 
 class Rows(NamedTuple):
-    """Where every slot stands: its cache, the last token and that token's position, its request's number, how many
-    tokens may follow (0: the slot is free), and the tokens that were there, where that matters [S, V].
+    """Where every slot stands: its cache, the last token and that token's position, how far beyond it the rotation is,
+    its request's number, how many tokens may follow (0: the slot is free), and the tokens that were there, where that
+    matters [S, V].
     """
 
     cache: Any
     token_S: jax.Array
     position_S: jax.Array
+    shift_S: jax.Array
     number_S: jax.Array
     left_S: jax.Array
     seen_SV: jax.Array | None
 
 
 class Prefilled(NamedTuple):
-    """Prompts with what follows from them: cache [n, U, K, L, H], logits of the first new token, lengths, tokens."""
+    """Prompts with what follows from them: cache [n, U, K, L, H], logits of the first new token, lengths, how far
+    beyond its place that token is rotated, tokens.
+    """
 
     cache: Cache
     logits_UV: jax.Array
     length_U: jax.Array
+    shift_U: jax.Array
     seen_UV: jax.Array | None
 
 
@@ -54,7 +59,7 @@ def empty_rows(*, config: DecoderConfig, slots: int, places: int, dtype: Any, ap
     cache: Any = empty_cache(config, rows=slots, slots=places, dtype=dtype)
     none_S = jnp.zeros((slots,), jnp.int32)
     seen_SV = jnp.zeros((slots, config.vocabulary), bool) if penalises else None
-    return Rows(layers_apart(cache, config.layers) if apart else cache, none_S, none_S, none_S, none_S, seen_SV)
+    return Rows(layers_apart(cache, config.layers) if apart else cache, none_S, none_S, none_S, none_S, none_S, seen_SV)
 
 
 @functools.partial(jax.jit, static_argnames="places")
@@ -94,7 +99,10 @@ def prefill(
     if sampling.penalises:
         there_UL = jnp.where(tokens_UL == NONE, config.vocabulary, tokens_UL)
         seen_UV = jnp.zeros((U, config.vocabulary), bool).at[jnp.arange(U)[:, None], there_UL].set(True, mode="drop")
-    return Prefilled(cache, head(params, config).logits(last_UD), length_U, seen_UV)
+    shift_U = jnp.zeros_like(length_U)
+    if images is not None and images.axes is not None:
+        shift_U = images.axes.max(axis=(1, 2)) + 1 - length_U
+    return Prefilled(cache, head(params, config).logits(last_UD), length_U, shift_U, seen_UV)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnums=0)
@@ -126,6 +134,7 @@ def place(
         jax.tree.map(copied, rows.cache, cache),
         put(rows.token_S, drawn.token_B),
         put(rows.position_S, length_T),
+        put(rows.shift_S, prefilled.shift_U[to.prompt_T]),
         put(rows.number_S, to.number_T),
         put(rows.left_S, left_T),
         None if rows.seen_SV is None or seen_TV is None else put(rows.seen_SV, seen_TV),
@@ -163,6 +172,7 @@ def decode(
             rows.cache,
             tokens_BL=rows.token_S[:, None],
             positions_BL=rows.position_S[:, None],
+            turns_BL=(rows.position_S + rows.shift_S)[:, None],
             compute=compute,
         )
         active_S, position_S = rows.left_S > 0, rows.position_S + 1
@@ -176,7 +186,7 @@ def decode(
         )
         left_S, seen_SV = _after(drawn.token_B, rows.left_S, rows.seen_SV, stop_ids_K)
         position_S = jnp.where(active_S, position_S, rows.position_S)
-        rows = Rows(cache, drawn.token_B, position_S, rows.number_S, left_S, seen_SV)
+        rows = Rows(cache, drawn.token_B, position_S, rows.shift_S, rows.number_S, left_S, seen_SV)
         drawn = _whole(drawn._replace(token_B=jnp.where(active_S, drawn.token_B, NONE)))
         return step + 1, rows, jax.tree.map(lambda all_TS, new_S: all_TS.at[step].set(new_S), block, drawn)
 

@@ -37,6 +37,34 @@ CLIP = {
     "vision/pre_norm/bias": "pre_layrnorm.bias",
 }
 SIGLIP = {**LAYERS, "vision/patch/bias": "embeddings.patch_embedding.bias"}
+_BLOCK = {
+    "vision/patch/kernel": AsStored("patch_embed.proj.weight"),
+    "vision/layers/input_norm/scale": "blocks.{i}.norm1.weight",
+    "vision/layers/post_norm/scale": "blocks.{i}.norm2.weight",
+    **{
+        f"vision/layers/attention/{ours}/{leaf}": f"blocks.{{i}}.attn.{theirs}.{name}"
+        for ours, theirs in (("qkv", "qkv"), ("o", "proj"))
+        for leaf, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+QWEN2_VL = {
+    **_BLOCK,
+    "vision/layers/input_norm/bias": "blocks.{i}.norm1.bias",
+    "vision/layers/post_norm/bias": "blocks.{i}.norm2.bias",
+    **{
+        f"vision/layers/mlp/{ours}/{leaf}": f"blocks.{{i}}.mlp.{theirs}.{name}"
+        for ours, theirs in (("up", "fc1"), ("down", "fc2"))
+        for leaf, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+QWEN2_5_VL = {
+    **_BLOCK,
+    **{
+        f"vision/layers/mlp/{part}/{leaf}": f"blocks.{{i}}.mlp.{part}_proj.{name}"
+        for part in ("gate", "up", "down")
+        for leaf, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
 WEIGHTS = {
     "clip_vision_model": CLIP,
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), SIGLIP),

@@ -26,13 +26,15 @@ from models.stack import Params, block_of, cast, periods, scan
 Shapes = dict[str, tuple[int, ...]]
 
 
-KEYS = ("patches", "patch_segments", "patch_places", "image_features", "groups")  # of a batch, as Images has them
+FARTHEST = 1 << 15  # rows and columns of patches are fewer
+KEYS = ("patches", "patch_segments", "patch_places", "image_features", "groups", "axes")  # as Images has them
 
 
 class Images(NamedTuple):
     """The pictures of a batch of rows: `patches` [B, P, C], which segment each is of (0: none) [B, P], its row and
     column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L]. Of families
-    whose pictures see themselves both ways, the group of each token, or 0 [B, L].
+    whose pictures see themselves both ways, the group of each token, or 0 [B, L]; of those whose tokens have positions
+    in time, height and width, these [B, L, 3].
     """
 
     patches: Any
@@ -40,6 +42,7 @@ class Images(NamedTuple):
     places: Any
     features: Any
     groups: Any = None
+    axes: Any = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "Images | None":
@@ -49,7 +52,7 @@ class Images(NamedTuple):
 
 class Shown(NamedTuple):
     """The pictures of one prompt, as `Images` has those of rows: patches [p, C], segments [p], places [p, 2], and for
-    each of its tokens the feature that takes its place [n], and its group [n].
+    each of its tokens the feature that takes its place [n], its group [n] and its axes [n, 3].
     """
 
     patches: np.ndarray
@@ -57,6 +60,7 @@ class Shown(NamedTuple):
     places: np.ndarray
     features: np.ndarray
     groups: np.ndarray | None = None
+    axes: np.ndarray | None = None
 
 
 def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -> Images | None:
@@ -64,8 +68,8 @@ def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -
     shown = [one for one in prompts if one is not None]
     if not shown:
         return None
-    tiles = -(-max(len(one.patches) for one in shown) // vision.tile)
-    most = vision.tile << (tiles - 1).bit_length()  # few shapes
+    tiles = -(-max(len(one.patches) for one in shown) // vision.unit)
+    most = vision.unit << (tiles - 1).bit_length()  # few shapes
     rows = len(prompts)
     images = Images(
         np.zeros((rows, most, shown[0].patches.shape[1]), np.float32),
@@ -73,6 +77,7 @@ def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -
         np.zeros((rows, most, 2), np.int32),
         np.zeros((rows, length), np.int32),
         None if shown[0].groups is None else np.zeros((rows, length), np.int32),
+        None if shown[0].axes is None else np.zeros((rows, length, 3), np.int32),
     )
     for row, one in enumerate(prompts):
         for whole, own in zip(images, one or (), strict=False):
@@ -85,22 +90,24 @@ def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -
 class Vision:
     """What a checkpoint decides of its tower and what leads from it to the text model.
 
-    `layers` is the tower's stack, as a decoder's config without a vocabulary; `tile` how many patches a tile has, in
-    rows of `columns`. `takes` are the outputs that become features, by the number of layers before them, each without
-    the class token's where `drops_class`; None: the last one, normed.
+    `layers` is the tower's stack, as a decoder's config without a vocabulary, whose patches may rotate by row and
+    column, and whose window is so many patches a side; `tile` how many patches a tile has, in rows of `columns`: none
+    where a picture may have any shape. `takes` are the outputs that become features, by the number of layers before
+    them, each without the class token's where `drops_class`; None: the last one, normed.
     """
 
     layers: DecoderConfig
     patch: int
     channels: int
-    columns: int
-    tile: int
-    class_token: bool
-    patch_bias: bool
-    pre_norm: bool
-    takes: tuple[int, ...] | None
-    drops_class: bool
     projector: str  # a name of PROJECTORS
+    frames: int = 0  # that are in a patch, where patches have a third dimension
+    columns: int = 0
+    tile: int = 0
+    class_token: bool = False
+    patch_bias: bool = False
+    pre_norm: bool = False
+    takes: tuple[int, ...] | None = None
+    drops_class: bool = False
     projector_bias: bool = False
     activation: str = "gelu"
     pooled: int = 0  # features in a row of a tile that are left of its patches, or patches in a row of a feature
@@ -110,6 +117,11 @@ class Vision:
     def width(self) -> int:
         """Of what the projector reads."""
         return self.layers.width * len(self.takes or (0,))
+
+    @property
+    def unit(self) -> int:
+        """How many patches come together, at least."""
+        return self.tile or self.pooled**2
 
 
 def vit(*, width: int, heads: int, mlp_width: int, layers: int, activation: str, eps: float) -> DecoderConfig:
@@ -143,13 +155,13 @@ def abstract_vision(vision: Vision, width: int, *, dtype: Any) -> Params:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     norm = {"scale": leaf(E), "bias": leaf(E)}
-    kernel = leaf(E, vision.channels, vision.patch, vision.patch)
+    kernel = leaf(E, vision.channels, *(vision.frames,) * (vision.frames > 0), vision.patch, vision.patch)
     tower: Params = {
         "patch": {"kernel": kernel} | ({"bias": leaf(E)} if vision.patch_bias else {}),
-        "positions": {"embedding": leaf(vision.tile + vision.class_token, E)},
         "layers": jax.tree.map(lambda one: leaf(stack.layers, *one.shape), block_of(stack)[1]),
-        "norm": norm,
     }
+    if vision.tile:
+        tower |= {"positions": {"embedding": leaf(vision.tile + vision.class_token, E)}, "norm": norm}
     if vision.class_token:
         tower["class"] = {"embedding": leaf(E)}
     if vision.pre_norm:
@@ -174,7 +186,7 @@ def image_features(params: Params, vision: Vision, images: Images, compute: Comp
     tower, projector = (cast(params[name], compute.dtype) for name in ("vision", "projector"))
     B = images.patches.shape[0]
     x_TPE, segments_TP = _embedded(tower, vision, images, compute.dtype)
-    outputs = _outputs(tower, vision, x_TPE, segments_TP, compute)
+    outputs = _outputs(tower, vision, images, x_TPE, segments_TP, compute)
     if vision.class_token and vision.drops_class:
         outputs = [out_TPE[:, 1:] for out_TPE in outputs]
     features_TPD = PROJECTORS[vision.projector].project(projector, vision, jnp.concatenate(outputs, axis=-1))
@@ -183,12 +195,14 @@ def image_features(params: Params, vision: Vision, images: Images, compute: Comp
 
 def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What the layers read: patches of all tiles [T, p, E], the class token first, and their segments."""
-    p, C = vision.tile, images.patches.shape[-1]
+    p, C = vision.tile or images.patches.shape[1], images.patches.shape[-1]
     patches_TPC = images.patches.reshape(-1, p, C).astype(dtype)
     segments_TP = images.segments.reshape(-1, p)
     x_TPE = matrix_product(patches_TPC, tower["patch"]["kernel"].reshape(-1, C).T)
     if "bias" in tower["patch"]:
         x_TPE = x_TPE + tower["patch"]["bias"][None, None, :]
+    if not vision.tile:
+        return constrain(x_TPE, ROWS, None, None), segments_TP
     places_TP2 = images.places.reshape(-1, p, 2)
     if vision.fractions:
         places_TP2 = jnp.asarray(_by_fraction(vision.columns))[places_TP2]
@@ -214,13 +228,17 @@ def _by_fraction(columns: int) -> np.ndarray:
 
 
 def _outputs(
-    tower: Params, vision: Vision, x_TPE: jax.Array, segments_TP: jax.Array, compute: Compute
+    tower: Params, vision: Vision, images: Images, x_TPE: jax.Array, segments_TP: jax.Array, compute: Compute
 ) -> list[jax.Array]:
     """The outputs that become features; layers behind the last of these are not computed."""
     stack, nowhere = vision.layers, jnp.zeros_like(segments_TP)
+    where = Where(nowhere, nowhere, segments_TP, segments_TP)
+    for side in {layer.window for layer in stack.each if layer.window}:
+        squares_TP = images.places[..., 0] // side * FARTHEST + images.places[..., 1] // side
+        where = where._replace(q_squares_BL=squares_TP, k_squares_BS=squares_TP)
     road = Road(
-        tables={},
-        where=Where(nowhere, nowhere, segments_TP, segments_TP),
+        tables={rope: rope.tables(images.places) for rope in {layer.rope for layer in stack.each} if rope},
+        where=where,
         reach=None,
         attention=compute.attention,
         lora=compute.lora,
@@ -296,9 +314,25 @@ def _joined(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
     return _linear(projector["up"], x.reshape(-1, few * few, side * side * E))
 
 
+def _merged_shapes(vision: Vision, width: int) -> Shapes:
+    E, whole = vision.layers.width, vision.width * vision.pooled**2
+    shapes: Shapes = {"norm/scale": (E,), "up/kernel": (whole, whole), "up/bias": (whole,)}
+    shapes |= {"down/kernel": (whole, width), "down/bias": (width,)}
+    return shapes | ({"norm/bias": (E,)} if vision.layers.norm_bias else {})
+
+
+def _merged(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+    """Patches that follow one another normed, side by side, and through an MLP (arXiv:2409.12191, section 2.1)."""
+    x_TPE = normed(x_TPE, projector["norm"]["scale"], projector["norm"].get("bias"), vision.layers)
+    T, P, E = x_TPE.shape
+    side_by_side = x_TPE.reshape(T, P // vision.pooled**2, vision.pooled**2 * E)
+    return _mlp(projector, vision, side_by_side)
+
+
 PROJECTORS = {
     "mlp": Projector(_mlp_shapes, _mlp),
     "linear": Projector(_linear_shapes, _alone),
     "pooled": Projector(_pooled_shapes, _pooled),
     "joined": Projector(_joined_shapes, _joined),
+    "merged": Projector(_merged_shapes, _merged),
 }

@@ -32,6 +32,47 @@ def turns(layer: Layer) -> int:
     return 2 * len(layer.rope.frequencies)
 
 
+def test_qwen2_5_vl_with_the_text_models_fields_beside_the_towers() -> None:
+    tower = {
+        "depth": 4,
+        "hidden_act": "silu",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "in_chans": 3,
+        "out_hidden_size": 32,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    }
+    config = read(
+        "qwen2_5_vl",
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        num_key_value_heads=2,
+        max_window_layers=70,
+        sliding_window=32768,
+        use_sliding_window=False,
+        rope_theta=1000000.0,
+        rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]},
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+        vision_token_id=59,
+        tie_word_embeddings=False,
+        vision_config=tower,
+    )
+    assert config.each[0].rope is not None
+    assert (config.each[0].rope.axes, config.each[0].window, config.qkv_bias) == ((0, 1, 2, 2), None, True)
+    assert [layer.window for layer in config.vision.layers.each] == [8, None, 8, None]
+    assert (config.vision.frames, config.vision.unit, config.vision.layers.gated) == (2, 4, True)
+
+
 def test_llama_2_without_rope_theta() -> None:
     config = read("llama", hidden_act="silu", rms_norm_eps=1e-5, rope_scaling=None, pretraining_tp=1)
     assert (config.kv_heads, config.tied_head, config.each[0].window) == (4, False, None)

@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from input_pipeline.processors.qwen_vl import axes as qwen_vl_axes
 from models.decoder import Compute, abstract_params, head, hidden_states
 from models.families import AsStored, decoder_config, table_of
 from models.generate import complete
@@ -54,6 +55,7 @@ class Family(NamedTuple):
     side: int = 28
     groups: str = ""  # which tokens see one another both ways: of each of the "pictures", or of the "prefix"
     apart: bool = False  # pictures of rows stand on an axis of their own
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of patches, where pictures have shapes of their own
 
 
 def llava(text: Any, tower: Any, **kwargs: Any) -> Any:
@@ -89,6 +91,14 @@ def idefics3(config: Any, model: Any, **kwargs: Any) -> Any:
     )
 
 
+def qwen_vl(config: Any, model: Any, **tower: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    tower = {"depth": 3, "num_heads": 2, "initializer_range": 0.1, **tower}
+    text = TEXT | {"rope_parameters": rope}
+    return model(config(text_config=text, vision_config=tower, image_token_id=IMAGE))
+
+
+GRIDS = ((4, 6), (6, 2), (2, 6))
 FAMILIES = {
     "llava, CLIP": Family(
         lambda: llava(transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**TOWER, projection_dim=16)), 4
@@ -125,6 +135,30 @@ FAMILIES = {
         side=56,
         apart=True,
     ),
+    "qwen2_vl": Family(
+        lambda: qwen_vl(
+            transformers.Qwen2VLConfig,
+            transformers.Qwen2VLForConditionalGeneration,
+            embed_dim=24,
+            hidden_size=32,
+            mlp_ratio=2,
+        ),
+        0,
+        grids=GRIDS,
+    ),
+    "qwen2_5_vl": Family(
+        lambda: qwen_vl(
+            transformers.Qwen2_5_VLConfig,
+            transformers.Qwen2_5_VLForConditionalGeneration,
+            hidden_size=24,
+            out_hidden_size=32,
+            intermediate_size=40,
+            window_size=56,
+            fullatt_block_indexes=[1],
+        ),
+        0,
+        grids=GRIDS,
+    ),
 }
 
 
@@ -148,22 +182,36 @@ def family(request, tmp_path_factory) -> tuple[Family, Path, Any]:
 
 def rows(family: Family, *, pictures: bool) -> dict[str, np.ndarray]:
     """Rows of uneven lengths, with pictures or without, as both programs read them."""
-    random, features = np.random.default_rng(1), family.features
+    random = np.random.default_rng(1)
     tokens = random.integers(1, 80, (3, LENGTH)).astype(np.int32)
     lengths = np.array([LENGTH, 17, 9])
     numbers = np.zeros((3, LENGTH), np.int32)
     if pictures:
+        sizes = iter(features_of(family))
         for row, count in enumerate(PICTURES):
-            for n in range(count):
-                at = slice(2 + n * (features + 3), 2 + n * (features + 3) + features)
+            first, before = 2, 0
+            for _, features in zip(range(count), sizes, strict=False):
+                at = slice(first, first + features)
                 tokens[row, at] = IMAGE
-                numbers[row, at] = 1 + n * features + np.arange(features)
+                numbers[row, at] = 1 + before + np.arange(features)
+                first, before = first + features + 3, before + features
     segments = (np.arange(LENGTH)[None, :] < lengths[:, None]).astype(np.int32)
     pixels = random.normal(size=(sum(PICTURES), 3, family.side, family.side)).astype(np.float32)
+    if family.grids:
+        pixels = random.normal(size=(sum(h * w for h, w in family.grids), 3 * 2 * 14 * 14)).astype(np.float32)
     given = {"tokens": tokens * segments, "segments": segments, "features": numbers, "pixels": pixels}
     if family.groups == "prefix":
         return given | {"groups": (np.arange(LENGTH)[None, :] < np.array([16, 10, 3])[:, None]).astype(np.int32)}
-    return given | ({"groups": -(-numbers // features)} if family.groups else {})
+    if family.grids:
+        own = np.split(np.array(family.grids), np.cumsum(PICTURES)[:-1])
+        axes = [qwen_vl_axes(row == IMAGE, grids // 2) for row, grids in zip(tokens, own, strict=True)]
+        return given | ({"axes": np.array(axes) * segments[:, :, None]} if pictures else {})
+    return given | ({"groups": -(-numbers // family.features)} if family.groups else {})
+
+
+def features_of(family: Family) -> list[int]:
+    """How many tokens each picture of the rows takes."""
+    return [h * w // 4 for h, w in family.grids] or [family.features] * sum(PICTURES)
 
 
 def pixels_of(family: Family, pictures: list[np.ndarray]) -> torch.Tensor:
@@ -181,8 +229,10 @@ def types_of(family: Family, groups: np.ndarray) -> torch.Tensor:
     return torch.tensor(groups == 0 if family.groups == "prefix" else groups > 0).long()
 
 
-def images_of(given: dict[str, np.ndarray]) -> Images:
+def images_of(family: Family, given: dict[str, np.ndarray]) -> Images:
     """The pictures as patches, those of a row one after the other."""
+    if family.grids:
+        return merged_images(family, given)
     side = given["pixels"].shape[-1] // 14
     p = side * side
     cut = given["pixels"].reshape(-1, 3, side, 14, side, 14).transpose(0, 2, 4, 1, 3, 5).reshape(-1, p, 3 * 14 * 14)
@@ -198,7 +248,37 @@ def images_of(given: dict[str, np.ndarray]) -> Images:
     return found._replace(groups=jnp.asarray(given["groups"])) if "groups" in given else found
 
 
-def ours(folder: Path, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
+def merged_images(family: Family, given: dict[str, np.ndarray]) -> Images:
+    """As `images_of`, of pictures whose patches come square by square."""
+    most = 40
+    patches, segments = np.zeros((3, most, given["pixels"].shape[1]), np.float32), np.zeros((3, most), np.int32)
+    places = np.zeros((3, most, 2), np.int32)
+    taken, grids = iter(given["pixels"]), iter(family.grids)
+    for row, count in enumerate(PICTURES):
+        at = 0
+        for n, (rows, columns) in zip(range(count), grids, strict=False):
+            for up, left, down, right in np.ndindex(rows // 2, columns // 2, 2, 2):
+                patches[row, at], segments[row, at] = next(taken), n + 1
+                places[row, at] = (2 * up + down, 2 * left + right)
+                at += 1
+    found = Images(*map(jnp.asarray, (patches, segments, places, given["features"])))
+    return found._replace(axes=jnp.asarray(given["axes"]))
+
+
+def seen(family: Family, given: dict[str, np.ndarray], row: int | None = None) -> dict[str, torch.Tensor]:
+    """The pictures of all rows, or of one, as a family's model of transformers takes them."""
+    if not family.grids:
+        each = np.split(given["pixels"], np.cumsum(PICTURES)[:-1])
+        return {"pixel_values": pixels_of(family, each if row is None else [each[row]])}
+    counts = [sum(PICTURES[:at]) for at in range(len(PICTURES) + 1)]
+    own = slice(None) if row is None else slice(counts[row], counts[row + 1])
+    patches = np.cumsum([0, *(h * w for h, w in family.grids)])
+    pixels = given["pixels"][patches[own.start or 0] : patches[-1 if own.stop is None else own.stop]]
+    grids = torch.tensor([(1, h, w) for h, w in family.grids[own]])
+    return {"pixel_values": torch.tensor(pixels), "image_grid_thw": grids}
+
+
+def ours(family: Family, folder: Path, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
     """Our logits, and the gradients of a weighted sum of them under their Hugging Face names."""
     hf_config = json.loads((folder / "config.json").read_text())
     config = decoder_config(hf_config)
@@ -213,7 +293,7 @@ def ours(folder: Path, given: dict[str, np.ndarray], weights: np.ndarray, *, pic
             positions_BL=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None, :], given["tokens"].shape),
             segments_BL=jnp.asarray(given["segments"]),
             compute=Compute(),
-            images=images_of(given) if pictures else None,
+            images=images_of(family, given) if pictures else None,
         )
         logits = head(params, config).logits(hidden)
         return (logits * weights).sum(), logits
@@ -224,8 +304,9 @@ def ours(folder: Path, given: dict[str, np.ndarray], weights: np.ndarray, *, pic
 
 def theirs(family: Family, model: Any, given: dict[str, np.ndarray], weights: np.ndarray, *, pictures: bool) -> Any:
     model.zero_grad()
-    each = np.split(given["pixels"], np.cumsum(PICTURES)[:-1])
-    shown = {"pixel_values": pixels_of(family, each)} if pictures else {}
+    shown = seen(family, given) if pictures else {}
+    if family.grids and pictures:
+        shown["mm_token_type_ids"] = torch.tensor(given["tokens"] == IMAGE).long()
     if "groups" in given and (pictures or family.groups == "pictures"):
         shown["token_type_ids"] = types_of(family, given["groups"])
     logits = model(
@@ -241,7 +322,7 @@ def test_logits_and_gradients_are_those_of_transformers(family, pictures, tmp_pa
     given = rows(chosen, pictures=pictures)
     weights = np.random.default_rng(2).normal(size=(3, LENGTH, VOCABULARY)).astype(np.float32)
     weights *= given["segments"][:, :, None]
-    found, gradients, names = ours(folder, given, weights, pictures=pictures)
+    found, gradients, names = ours(chosen, folder, given, weights, pictures=pictures)
     expected = theirs(chosen, model, given, weights, pictures=pictures)
     has = given["segments"] > 0
     np.testing.assert_allclose(found[has], expected[has], rtol=1e-4, atol=1e-4 * np.abs(expected[has]).max())
@@ -283,7 +364,9 @@ def test_a_folder_is_written_byte_for_byte_and_loads_strictly(family, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-RENAMED = [name for name in FAMILIES if name not in ("idefics3", "smolvlm")]  # whose names are what they were
+RENAMED = [
+    name for name in FAMILIES if name not in ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+]  # whose names are what they were
 
 
 @pytest.mark.parametrize("family", RENAMED, indirect=True)
@@ -315,15 +398,14 @@ def test_answers_to_prompts_with_pictures_are_those_of_transformers(family):
     params = load_params(folder, config, shardings=one, dtype=jnp.float32)
     if chosen.groups == "prefix":
         given["groups"] = given["segments"]  # all of a prompt is
-    lengths, images = given["segments"].sum(axis=1), images_of(given)
+    lengths, images = given["segments"].sum(axis=1), images_of(chosen, given)
     prompts = [given["tokens"][row, :length].tolist() for row, length in enumerate(lengths)]
     shown = [
         Shown(
-            *(np.asarray(array)[row, : count * (chosen.side // 14) ** 2] for array in images[:3]),
-            given["features"][row, :length],
-            given["groups"][row, :length] if chosen.groups else None,
+            *(np.asarray(array)[row, : (np.asarray(images.segments)[row] > 0).sum()] for array in images[:3]),
+            *(given[key][row, :length] if key in given else None for key in ("features", "groups", "axes")),
         )
-        if (count := PICTURES[row])
+        if PICTURES[row]
         else None
         for row, length in enumerate(lengths)
     ]
@@ -332,10 +414,13 @@ def test_answers_to_prompts_with_pictures_are_those_of_transformers(family):
         params, config, prompts * 2, max_new_tokens=NEW, stop_ids=(), shown=shown * 2, slots=4, compute=Compute()
     )
     model.generation_config.eos_token_id = None
-    pixels = np.split(given["pixels"], np.cumsum(PICTURES)[:-1])
     for row, prompt in enumerate(prompts):
-        seen = {"pixel_values": pixels_of(chosen, [pixels[row]])} if PICTURES[row] else {}
+        kwargs = seen(chosen, given, row) if PICTURES[row] else {}
         if chosen.groups and (PICTURES[row] or chosen.groups == "pictures"):
-            seen["token_type_ids"] = types_of(chosen, given["groups"][row : row + 1, : len(prompt)])
-        expected = model.generate(torch.tensor([prompt]), **seen, max_new_tokens=NEW, do_sample=False)[0, len(prompt) :]
+            kwargs["token_type_ids"] = types_of(chosen, given["groups"][row : row + 1, : len(prompt)])
+        if chosen.grids and PICTURES[row]:
+            kwargs["mm_token_type_ids"] = torch.tensor([[token == IMAGE for token in prompt]]).long()
+        expected = model.generate(torch.tensor([prompt]), **kwargs, max_new_tokens=NEW, do_sample=False)[
+            0, len(prompt) :
+        ]
         assert found[row].ids == found[row + len(prompts)].ids == expected.tolist()
