@@ -84,7 +84,7 @@ def open_model(config: ConfigDict) -> Model:
     if not model.load_pretrained_weights:
         hf_config |= _special_ids(tokenizer)
     decoder = decoder_config(hf_config)
-    if len(tokenizer) > decoder.vocabulary:
+    if len(tokenizer) > decoder.vocabulary + decoder.more_tokens:
         cure = "" if model.load_pretrained_weights else f", or set model.model_kwargs.vocab_size: {len(tokenizer)}"
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {decoder.vocabulary} (vocab_size): they do not "

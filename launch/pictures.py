@@ -28,8 +28,9 @@ def shown_of(processor: Processor | None, ids: Sequence[int], pictures: Prepared
         return None
     assert processor is not None
     beside = processor.token_arrays(np.asarray(ids, np.int32), 0, pictures)
-    of_tokens = beside["image_features"], beside.get("groups"), beside.get("axes")
-    return Shown(pictures.patches, pictures.segments, pictures.places, *of_tokens)
+    of_tokens = (beside.get(name) for name in ("image_features", "groups", "axes"))
+    shown = Shown(pictures.patches, pictures.segments, pictures.places, *of_tokens)
+    return shown._replace(tiles=pictures.more.get("patch_tiles"), looks=beside.get("cross_images"))
 
 
 def message(text: str, files: Sequence[Path]) -> dict[str, Any]:

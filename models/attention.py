@@ -68,6 +68,38 @@ class Where(NamedTuple):
         return visible & (back_BLS < window)
 
 
+class Seen(NamedTuple):
+    """Which features of pictures text sees, in the place of a `Where`: the first and the last picture that a query sees
+    (0: none) [B, L], whether it stands before them and sees all there is of them, the picture of each feature (0: none)
+    [B, S], and whether that is of a tile with something in it.
+    """
+
+    first_BL: jax.Array
+    last_BL: jax.Array
+    before_BL: jax.Array
+    pictures_BS: jax.Array
+    filled_BS: jax.Array
+
+    @property
+    def q_groups_BL(self) -> None:
+        """There are none."""
+
+    @property
+    def branched(self) -> bool:
+        """Features are no documents."""
+        return False
+
+    def part(self, queries: slice, keys: slice) -> "Seen":
+        """What these queries see of these features."""
+        return Seen(*(x[:, queries] for x in self[:3]), *(x[:, keys] for x in self[3:]))
+
+    def visible_BLS(self, window: int | None) -> jax.Array:
+        """True where a query sees a feature."""
+        pictures_BLS = self.pictures_BS[:, None, :]
+        seen = (self.first_BL[:, :, None] <= pictures_BLS) & (pictures_BLS <= self.last_BL[:, :, None])
+        return seen & (pictures_BLS > 0) & (self.filled_BS[:, None, :] | self.before_BL[:, :, None])
+
+
 class Scores(NamedTuple):
     """How queries and keys become scores; static."""
 
@@ -88,7 +120,7 @@ def attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    where: Where,
+    where: Where | Seen,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -142,7 +174,7 @@ def _xla(
     v_BSKH: jax.Array,
     sinks_N: jax.Array | None,
     *,
-    where: Where,
+    where: Where | Seen,
     scores: Scores,
     reach: int | None,
 ) -> jax.Array:
@@ -168,7 +200,7 @@ def _products(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     sinks_N: jax.Array | None,
-    where: Where,
+    where: Where | Seen,
     scores: Scores,
 ) -> jax.Array:
     """All queries by all keys. The G query heads of a key head are folded into its queries (Q = G L): few large

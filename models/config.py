@@ -2,7 +2,7 @@
 compiled for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,12 +11,13 @@ from models.rope import Rope
 
 
 class Layer(NamedTuple):
-    """What may differ from layer to layer: how many tokens back it looks, itself included (None: all), and how it
-    rotates positions (None: not at all).
+    """What may differ from layer to layer: how many tokens back it looks, itself included (None: all), how it rotates
+    positions (None: not at all), and whether it looks at pictures, and not at text.
     """
 
     window: int | None
     rope: Rope | None
+    looks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,15 @@ class DecoderConfig:
     sinks: bool = False  # each head may attend to nothing, at a learned score (arXiv:2309.17453)
     attention_scale: float | None = None  # None: 1 / sqrt(head_width)
     attention_softcap: float | None = None  # scores s become c tanh(s / c)
+    looks: bool = False  # keys and values are of pictures' features
+    gates: bool = False  # what attention and MLP add is multiplied by the tanh of a number each
     # MLP
     gated: bool = True
     fused_gate_up: bool = False  # one matrix for both: gate | up
     mlp_bias: bool = False
     experts: Any = None  # a models.moe.Experts: a mixture in the place of the MLP
     # Stream and vocabulary
+    more_tokens: int = 0  # that the embedding has beyond the vocabulary: these are never said
     padding_token: int | None = None  # its lookup has no gradient, as in torch's Embedding(padding_idx=…)
     learned_positions: int = 0  # rows of a table of positions that is added to the embedding
     embed_scale: float = 1.0
@@ -74,6 +78,15 @@ class DecoderConfig:
     def layers(self) -> int:
         """How many layers there are."""
         return len(self.each)
+
+    def stack(self, *, looks: bool) -> "DecoderConfig":
+        """The layers that look at pictures or those that do not, which are stacked apart."""
+        if not any(layer.looks for layer in self.each):
+            return self if not looks else replace(self, each=())
+        each = tuple(layer for layer in self.each if layer.looks == looks)
+        if not looks:
+            return replace(self, each=each)
+        return replace(self, each=each, looks=True, gates=True, qk_norm="head", fused_qkv="", fused_gate_up=False)
 
 
 @dataclass(frozen=True)

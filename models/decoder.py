@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from models.attention import Where
 from models.config import Compute, DecoderConfig, Layer
-from models.layers import NORMS, Cache, Road, normed
+from models.layers import NORMS, Cache, Road, Sight, normed
 from models.linear import TURNED, turned_product
+from models.looking import abstract_tiles, sight_of
 from models.moe import RouterStats
 from models.rope import document_lengths
 from models.sharding import ROWS, constrain
@@ -53,16 +54,23 @@ def abstract_params(config: DecoderConfig, *, dtype: Any) -> Params:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     params: Params = {
-        "embed": {"embedding": leaf(V, D)},
-        "layers": jax.tree.map(lambda one: leaf(config.layers, *one.shape), block_of(config)[1]),
+        "embed": {"embedding": leaf(V + config.more_tokens, D)},
+        "layers": _abstract_layers(config.stack(looks=False), dtype=dtype),
         "norm": {"scale": leaf(D)} | ({"bias": leaf(D)} if config.norm_bias else {}),
     }
     if config.learned_positions:
         params["positions"] = {"embedding": leaf(config.learned_positions, D)}
     if config.vision is not None:
         params |= abstract_vision(config.vision, D, dtype=dtype)
+    if (looking := config.stack(looks=True)).each:
+        params["looking"] = {"layers": _abstract_layers(looking, dtype=dtype)}
+        params["vision"] |= abstract_tiles(config.vision, dtype=dtype)
     head = ({} if config.tied_head else {"kernel": leaf(D, V)}) | ({"bias": leaf(V)} if config.head_bias else {})
     return params | ({"head": head} if head else {})
+
+
+def _abstract_layers(config: DecoderConfig, *, dtype: Any) -> Params:
+    return jax.tree.map(lambda one: jax.ShapeDtypeStruct((config.layers, *one.shape), dtype), block_of(config)[1])
 
 
 def init_params(key: jax.Array, config: DecoderConfig, *, dtype: Any) -> Params:
@@ -147,12 +155,13 @@ def cached_hidden_states(
     lengths_B: jax.Array | None = None,
     turns_BL: jax.Array | None = None,
     images: Images | None = None,
+    sight: Sight | None = None,
 ) -> tuple[jax.Array, Any]:
     """As `hidden_states` for new tokens that follow those in the cache, and that cache with them; a position beyond the
     cache's places is not stored. `lengths_B` is how long each row's text now is, where padding makes its last position
     a later one; `turns_BL` by which positions tokens are rotated, where these are others than their places, as after a
-    picture whose tokens have rows and columns. Parameters with their layers apart (`layers_apart`) go with a list of
-    caches.
+    picture whose tokens have rows and columns; `sight` what text looks at, by its keys (`looking.sight_of`). Parameters
+    with their layers apart (`layers_apart`) go with a list of caches.
     """
     S = (cache[0] if isinstance(cache, list) else cache).k.shape[3]
     places_BS = jnp.broadcast_to(jnp.arange(S, dtype=positions_BL.dtype)[None, :], (positions_BL.shape[0], S))
@@ -162,7 +171,16 @@ def cached_hidden_states(
         where = where._replace(q_groups_BL=images.groups, k_groups_BS=jnp.pad(images.groups, after))
     lengths_BL = None if lengths_B is None else lengths_B[:, None]
     x_BLD, new_cache, _ = _run(
-        params, config, tokens_BL, where, lengths_BL, compute, cache=cache, turns_BL=turns_BL, images=images
+        params,
+        config,
+        tokens_BL,
+        where,
+        lengths_BL,
+        compute,
+        cache=cache,
+        turns_BL=turns_BL,
+        images=images,
+        sight=sight,
     )
     assert new_cache is not None
     return x_BLD, new_cache
@@ -170,7 +188,7 @@ def cached_hidden_states(
 
 def empty_cache(config: DecoderConfig, *, rows: int, slots: int, dtype: Any) -> Cache:
     """A cache of zeros for `rows` sequences of at most `slots` tokens, split as activations are: rows, and heads."""
-    shape = (config.layers, rows, config.kv_heads, slots, config.head_width)
+    shape = (config.stack(looks=False).layers, rows, config.kv_heads, slots, config.head_width)
     return Cache(*(constrain(jnp.zeros(shape, dtype), None, ROWS, "tensor", None, None) for _ in Cache._fields))
 
 
@@ -202,6 +220,7 @@ def _run(
     cache: Any,
     images: Images | None,
     turns_BL: jax.Array | None = None,
+    sight: Sight | None = None,
 ) -> tuple[jax.Array, Any, RouterStats | None]:
     turns: jax.Array = where.q_positions_BL if turns_BL is None else turns_BL
     if images is not None and images.axes is not None:
@@ -212,28 +231,57 @@ def _run(
         reach=_reach(where, None if cache is not None else compute.longest_document),
         attention=compute.attention,
         lora=compute.lora,
+        sight=sight,
     )
     x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
     if images is not None:
         assert config.vision is not None, "pictures for a model without a tower"
-        x_BLD = with_images(params, config.vision, x_BLD, images, compute)
+        if images.looks is None:
+            x_BLD = with_images(params, config.vision, x_BLD, images, compute)
+        elif sight is None:
+            road = road._replace(sight=sight_of(params, config, images, compute, keys=False))
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
     layers = cast(params["layers"], compute.dtype)
+    looking = cast(params["looking"]["layers"], compute.dtype) if "looking" in params else None
     total: RouterStats | None = None
     if isinstance(layers, list):
         assert isinstance(cache, list)
-        cache = list(cache)
-        for number, layer in enumerate(config.each):
+        cache, numbers = list(cache), {False: 0, True: 0}
+        for layer in config.each:
+            number = numbers[layer.looks]
+            numbers[layer.looks] += 1
+            if layer.looks:
+                assert looking is not None
+                x_BLD = _looked(looking[number], x_BLD, cache[0], number, layer, config, compute, road)
+                continue
             x_BLD, cache[number], stats = scan(
                 layers[number], x_BLD, cache[number], 0, 1, (layer,), config, compute, road
             )
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     else:
         for first, repeats, period in periods(config.each):
-            x_BLD, cache, stats = scan(layers, x_BLD, cache, first, repeats, period, config, compute, road)
+            x_BLD, cache, stats = scan(layers, x_BLD, cache, first, repeats, period, config, compute, road, looking)
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     x_BLD = normed(x_BLD, params["norm"]["scale"], params["norm"].get("bias"), config)
     return x_BLD if config.logit_scale == 1.0 else x_BLD * config.logit_scale, cache, total
+
+
+def _looked(
+    layers: Params,
+    x_BLD: jax.Array,
+    cache: Cache,
+    number: int,
+    layer: Layer,
+    config: DecoderConfig,
+    compute: Compute,
+    road: Road,
+) -> jax.Array:
+    """One layer that looks at pictures, where layers stand apart; it leaves every cache as it is."""
+    sight = road.sight
+    if sight is None or sight.k is None or sight.v is None:
+        return x_BLD
+    own = road._replace(sight=sight._replace(k=sight.k[number : number + 1], v=sight.v[number : number + 1]))
+    return scan({}, x_BLD, cache, 0, 1, (layer,), config, compute, own, layers)[0]
 
 
 def _reach(where: Where, longest_document: int | None) -> int | None:

@@ -50,6 +50,11 @@ def for_decoding(
 @functools.partial(jax.jit, static_argnames=("config", "compute", "apart"))
 def _made(params: Params, *, config: DecoderConfig, compute: Compute, apart: bool) -> Params:
     params = {name: part for name, part in params.items() if name not in ("vision", "projector")}  # seen already
+    looking = params.pop("looking", None)
+    if looking is not None:
+        looking = cast(looking["layers"], compute.dtype)
+        made = layers_apart(looking, config.stack(looks=True).layers) if apart else looking
+        return _made(params, config=config, compute=compute, apart=apart) | {"looking": {"layers": made}}
     params["embed"] = cast(params["embed"], compute.dtype)
     if KERNEL in params.get("head", {}):
         params["head"] = params["head"] | {KERNEL: params["head"][KERNEL].astype(compute.dtype)}
@@ -70,7 +75,7 @@ def _made(params: Params, *, config: DecoderConfig, compute: Compute, apart: boo
         else:
             turned[path] = leaf
     made = nested(turned)
-    return made | {"layers": layers_apart(made["layers"], config.layers)}
+    return made | {"layers": layers_apart(made["layers"], config.stack(looks=False).layers)}
 
 
 def _join(leaves: dict[str, Any], whole: str, parts: list[str]) -> None:

@@ -24,7 +24,7 @@ from models.decoding import for_decoding
 from models.sampling import Drawn, Sampling, check_sampling
 from models.sharding import replicas
 from models.slots import NONE, Placement, Prefilled, Rows
-from models.vision import Shown, stacked
+from models.vision import Shown, most_looked_at, stacked
 
 BUCKET = 64  # prompts and caches are padded to multiples of this at least, so that few shapes are compiled
 FEWEST_PLACES = 256  # of a slot; from there on they double, while answers grow
@@ -125,6 +125,7 @@ class _Engine:
         self.shelf: dict[Asked, tuple[Prefilled, int]] = {}  # prompts that are prefilled, and wanted
         self.owner: dict[int, int] = {}  # slot → request
         self.most = max(_places(len(r.prompt) + r.longest, len(r.prompt)) for r in requests)
+        self.looks = most_looked_at([one for one in self.pictures.values() if one is not None], config.vision)
         self.rows: Rows | None = None
         with self._on_mesh():
             self.decoding, self.decoding_config = for_decoding(
@@ -223,6 +224,7 @@ class _Engine:
                     dtype=self.compute.dtype,
                     apart=isinstance(self.decoding["layers"], list),
                     penalises=self.settings.sampling.penalises,
+                    looks=self.looks,
                 )
             elif places > jax.tree.leaves(self.rows.cache)[0].shape[3]:
                 self.rows = self.rows._replace(cache=slots.grown(self.rows.cache, places=places))

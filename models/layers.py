@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.activations import ACTIVATIONS
-from models.attention import Where, attend
+from models.attention import Seen, Where, attend
 from models.config import DecoderConfig, Layer
 from models.linear import Linear
 from models.moe import MoE, RouterStats
@@ -23,9 +23,20 @@ from models.rope import Rope, rotate
 from models.sharding import ROWS, constrain
 
 
+class Sight(NamedTuple):
+    """What text looks at: the features of pictures [B, F, D], or the keys and values that each of m layers makes of
+    them [m, B, K, F, H]; and who sees which.
+    """
+
+    features_BFD: jax.Array | None
+    k: jax.Array | None
+    v: jax.Array | None
+    seen: Seen
+
+
 class Road(NamedTuple):
     """What all layers share in one forward pass: rotary tables by kind, who sees whom, how far back (None: keys are in
-    a cache), the attention backend, and how an adapter acts.
+    a cache), the attention backend, how an adapter acts, and what there is to look at.
     """
 
     tables: dict[Rope, tuple[jax.Array, jax.Array]]
@@ -33,6 +44,7 @@ class Road(NamedTuple):
     reach: int | None
     attention: str
     lora: Any
+    sight: Sight | None = None
 
 
 class Cache(NamedTuple):
@@ -121,7 +133,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with shared key heads (arXiv:2305.13245) and rotary positions."""
+    """Multi-head attention with shared key heads (arXiv:2305.13245), of text with rotary positions or to pictures."""
 
     def __init__(self, config: DecoderConfig):
         self.config = config
@@ -148,6 +160,8 @@ class Attention(nnx.Module):
         self, x_BLD: jax.Array, road: Road, layer: Layer, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         config, (B, L, _) = self.config, x_BLD.shape
+        if config.looks:
+            return self._look(x_BLD, road, cache), cache
         q_BLNH, k_BLKH, v_BLKH = self._heads(x_BLD, road)
         if layer.rope is not None:
             cos, sin = road.tables[layer.rope]
@@ -169,6 +183,33 @@ class Attention(nnx.Module):
             backend=road.attention,
         )
         return self.o(out_BLNH.reshape(B, L, config.heads * config.head_width), road.lora), cache
+
+    def _look(self, x_BLD: jax.Array, road: Road, cache: LayerCache | None) -> jax.Array:
+        """What text sees of pictures [B, L, D]; zero where it sees none."""
+        config, (B, L, _), sight = self.config, x_BLD.shape, road.sight
+        assert sight is not None
+        q_BLNH = self.q_norm(self.q(x_BLD, road.lora).reshape(B, L, config.heads, config.head_width))
+        if sight.k is None or sight.v is None:
+            k_BFKH, v_BFKH = self.keys(sight.features_BFD, road)
+        else:
+            assert cache is not None
+            k_BFKH, v_BFKH = (x[cache.layer].transpose(0, 2, 1, 3) for x in (sight.k, sight.v))
+        out_BLNH = attend(
+            constrain(q_BLNH, ROWS, "context", "tensor", None),
+            k_BFKH,
+            v_BFKH,
+            where=sight.seen,
+            scale=config.attention_scale or config.head_width**-0.5,
+            backend=road.attention,
+        )
+        out_BLNH = jnp.where((sight.seen.last_BL > 0)[:, :, None, None], out_BLNH, 0)
+        return self.o(out_BLNH.reshape(B, L, config.heads * config.head_width), road.lora)
+
+    def keys(self, features_BFD: Any, road: Road) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, F, K, H] of pictures' features."""
+        config, (B, F, _) = self.config, features_BFD.shape
+        k, v = (layer(features_BFD, road.lora).reshape(B, F, config.kv_heads, -1) for layer in (self.k, self.v))
+        return self.k_norm(k), v
 
     def _heads(self, x_BLD: jax.Array, road: Road) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, L, N, H], keys and values [B, L, K, H], normed where the config says so."""
@@ -228,6 +269,9 @@ class Block(nnx.Module):
             self.attention_out_norm = Norm(config, D, bias=bias)
             self.mlp_out_norm = Norm(config, D, bias=bias)
         self.attention = Attention(config)
+        if config.gates:
+            self.attention_gate = nnx.Param(jnp.zeros((1,)))
+            self.mlp_gate = nnx.Param(jnp.zeros((1,)))
         if config.experts is None:
             self.mlp = MLP(config)
         else:
@@ -241,6 +285,8 @@ class Block(nnx.Module):
         attended_BLD, cache = self.attention(read_BLD, road, layer, cache)
         if config.out_norms:
             attended_BLD = self.attention_out_norm(attended_BLD)
+        if config.gates:
+            attended_BLD = attended_BLD * jnp.tanh(self.attention_gate[...])[None, None, :]
         if not config.parallel:
             x_BLD = x_BLD + self._scaled(attended_BLD)
         if config.in_norms and config.parallel != "one norm":
@@ -250,6 +296,10 @@ class Block(nnx.Module):
         added_BLD, stats = self._mlp(read_BLD, road)
         if config.out_norms:
             added_BLD = self.mlp_out_norm(added_BLD)
+        if config.gates:
+            added_BLD = added_BLD * jnp.tanh(self.mlp_gate[...])[None, None, :]
+        if config.looks:
+            added_BLD = jnp.where(self._shown(road)[:, :, None], added_BLD, 0)
         if config.parallel:
             x_BLD = x_BLD + self._scaled(attended_BLD)
         x_BLD = x_BLD + self._scaled(added_BLD)
@@ -259,6 +309,11 @@ class Block(nnx.Module):
         if self.config.experts is None:
             return self.mlp(x_BLD, road), None
         return self.moe(x_BLD, road.where.q_segments_BL > 0, road.lora)
+
+    def _shown(self, road: Road) -> jax.Array:
+        """True for text [B, L] that a picture stands before: the MLP behind a look at pictures is for this alone."""
+        assert road.sight is not None
+        return (road.sight.seen.last_BL > 0) & ~road.sight.seen.before_BL
 
     def _scaled(self, x_BLD: jax.Array) -> jax.Array:
         return x_BLD if self.config.residual_scale == 1.0 else x_BLD * self.config.residual_scale

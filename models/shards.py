@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models.families import AsStored
+from models.families import AsStored, OfLayers
 from models.safetensors_file import Stored, copy_rows
 
 Ranges = Sequence[tuple[int, int]]  # start and stop along each axis
@@ -42,8 +42,10 @@ def find_place(path: str, shape: tuple[int, ...], name: str) -> Place:
     """
     axes = [axis for axis in SPREAD if axis in name]
     spread, one = shape[: len(axes)], shape[len(axes) :]
+    layers = name.layers if isinstance(name, OfLayers) else None
     transposed = path.endswith("/kernel") and not isinstance(name, AsStored)
-    names = tuple(_numbered(name, axes, numbers) for numbers in np.ndindex(spread))
+    places = ((layers[n[0]], *n[1:]) if layers else n for n in np.ndindex(spread))
+    names = tuple(_numbered(name, axes, numbers) for numbers in places)
     return Place(spread, names, (*one[:-2], one[-1], one[-2]) if transposed else one, transposed)
 
 

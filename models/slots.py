@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from models.decoder import Cache, Compute, DecoderConfig, Params, cached_hidden_states, empty_cache, head, layers_apart
+from models.layers import Sight
+from models.looking import at_tokens, empty_sight, placed, sight_of
 from models.sampling import Drawn, Sampling, draw
 from models.sharding import constrain
 from models.vision import Images
@@ -20,8 +22,8 @@ NONE = -1  # in the place of a token where there is none
 
 class Rows(NamedTuple):
     """Where every slot stands: its cache, the last token and that token's position, how far beyond it the rotation is,
-    its request's number, how many tokens may follow (0: the slot is free), and the tokens that were there, where that
-    matters [S, V].
+    its request's number, how many tokens may follow (0: the slot is free), the tokens that were there, where that
+    matters [S, V], and what the slots look at.
     """
 
     cache: Any
@@ -31,11 +33,12 @@ class Rows(NamedTuple):
     number_S: jax.Array
     left_S: jax.Array
     seen_SV: jax.Array | None
+    sight: Sight | None = None
 
 
 class Prefilled(NamedTuple):
     """Prompts with what follows from them: cache [n, U, K, L, H], logits of the first new token, lengths, how far
-    beyond its place that token is rotated, tokens.
+    beyond its place that token is rotated, tokens, what that token looks at.
     """
 
     cache: Cache
@@ -43,6 +46,7 @@ class Prefilled(NamedTuple):
     length_U: jax.Array
     shift_U: jax.Array
     seen_UV: jax.Array | None
+    sight: Sight | None = None
 
 
 class Placement(NamedTuple):
@@ -54,12 +58,17 @@ class Placement(NamedTuple):
     left_T: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "places", "dtype", "apart", "penalises"))
-def empty_rows(*, config: DecoderConfig, slots: int, places: int, dtype: Any, apart: bool, penalises: bool) -> Rows:
+@functools.partial(jax.jit, static_argnames=("config", "slots", "places", "dtype", "apart", "penalises", "looks"))
+def empty_rows(
+    *, config: DecoderConfig, slots: int, places: int, dtype: Any, apart: bool, penalises: bool, looks: int = 0
+) -> Rows:
+    """Free slots with so many places in the cache; of a model that looks at pictures, so many features of these."""
     cache: Any = empty_cache(config, rows=slots, slots=places, dtype=dtype)
     none_S = jnp.zeros((slots,), jnp.int32)
     seen_SV = jnp.zeros((slots, config.vocabulary), bool) if penalises else None
-    return Rows(layers_apart(cache, config.layers) if apart else cache, none_S, none_S, none_S, none_S, none_S, seen_SV)
+    cache = layers_apart(cache, cache.k.shape[0]) if apart else cache
+    sight = empty_sight(config, rows=slots, features=looks, dtype=dtype) if looks else None
+    return Rows(cache, none_S, none_S, none_S, none_S, none_S, seen_SV, sight)
 
 
 @functools.partial(jax.jit, static_argnames="places")
@@ -84,6 +93,9 @@ def prefill(
     U, L = tokens_UL.shape
     length_U = (tokens_UL != NONE).sum(axis=1)
     at_U = jnp.maximum(length_U, 1) - 1
+    sight = None
+    if images is not None and images.looks is not None:
+        sight = sight_of(params, config, images, compute, keys=True)
     hidden_ULD, cache = cached_hidden_states(
         params,
         config,
@@ -93,6 +105,7 @@ def prefill(
         compute=compute,
         lengths_B=length_U,
         images=images,
+        sight=sight,
     )
     last_UD = jnp.take_along_axis(hidden_ULD, at_U[:, None, None], axis=1)[:, 0]
     seen_UV = None
@@ -102,7 +115,8 @@ def prefill(
     shift_U = jnp.zeros_like(length_U)
     if images is not None and images.axes is not None:
         shift_U = images.axes.max(axis=(1, 2)) + 1 - length_U
-    return Prefilled(cache, head(params, config).logits(last_UD), length_U, shift_U, seen_UV)
+    sight = None if sight is None else at_tokens(sight, at_U)
+    return Prefilled(cache, head(params, config).logits(last_UD), length_U, shift_U, seen_UV, sight)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnums=0)
@@ -138,6 +152,7 @@ def place(
         put(rows.number_S, to.number_T),
         put(rows.left_S, left_T),
         None if rows.seen_SV is None or seen_TV is None else put(rows.seen_SV, seen_TV),
+        None if rows.sight is None else placed(rows.sight, prefilled.sight, to.prompt_T, to.slot_T),
     )
     return rows, _whole(drawn)
 
@@ -174,6 +189,7 @@ def decode(
             positions_BL=rows.position_S[:, None],
             turns_BL=(rows.position_S + rows.shift_S)[:, None],
             compute=compute,
+            sight=rows.sight,
         )
         active_S, position_S = rows.left_S > 0, rows.position_S + 1
         drawn = draw(
@@ -186,7 +202,7 @@ def decode(
         )
         left_S, seen_SV = _after(drawn.token_B, rows.left_S, rows.seen_SV, stop_ids_K)
         position_S = jnp.where(active_S, position_S, rows.position_S)
-        rows = Rows(cache, drawn.token_B, position_S, rows.shift_S, rows.number_S, left_S, seen_SV)
+        rows = rows._replace(cache=cache, token_S=drawn.token_B, position_S=position_S, left_S=left_S, seen_SV=seen_SV)
         drawn = _whole(drawn._replace(token_B=jnp.where(active_S, drawn.token_B, NONE)))
         return step + 1, rows, jax.tree.map(lambda all_TS, new_S: all_TS.at[step].set(new_S), block, drawn)
 

@@ -52,7 +52,7 @@ def block_of(config: DecoderConfig, added: tuple[tuple[str, tuple[int, ...]], ..
     return graph, nnx.to_pure_dict(state)
 
 
-def _graph(config: DecoderConfig, layers: Params) -> nnx.GraphDef:
+def graph_of(config: DecoderConfig, layers: Params) -> nnx.GraphDef:
     """The graph of one layer with the leaves that these have."""
     known = paths(block_of(config)[1])
     added = [(path, leaf.shape[1:]) for path, leaf in sorted(paths(layers).items()) if path not in known]
@@ -101,41 +101,71 @@ def scan(
     config: DecoderConfig,
     compute: Compute,
     road: Road,
+    looking: Params | None = None,
 ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-    """`repeats` times the layers of a period, from layer `first` on."""
-    graph, count = _graph(config, layers), repeats * len(period)
+    """`repeats` times the layers of a period, from layer `first` on; `looking` is the stack of those among them that
+    look at pictures, which are left out where there are none.
+    """
+    if road.sight is None:
+        period = tuple(layer for layer in period if not layer.looks)
+    stacks = {False: layers, True: looking}
+    kinds = {kind: [layer for layer in period if layer.looks == kind] for kind in (False, True)}
+    kinds = {kind: own for kind, own in kinds.items() if own}
+    begin = {kind: sum(layer.looks == kind for layer in config.each[:first]) for kind in kinds}
+    graphs = {kind: graph_of(config.stack(looks=kind), stacks[kind]) for kind in kinds}  # type: ignore[arg-type]
+    if not kinds:
+        return x_BLD, cache, None
 
-    def grouped(leaf: jax.Array) -> jax.Array:
-        some = leaf if count == leaf.shape[0] else leaf[first : first + count]
+    def grouped(kind: bool, leaf: jax.Array) -> jax.Array:
+        own = len(kinds[kind])
+        start, count = begin[kind], repeats * own
+        some = leaf if count == leaf.shape[0] else leaf[start : start + count]
         # Between a loop over tokens and this one, XLA copies what is reshaped, in every turn.
-        return some if len(period) == 1 else some.reshape(repeats, len(period), *leaf.shape[1:])
+        return some if own == 1 else some.reshape(repeats, own, *leaf.shape[1:])
 
-    def single(leaf: jax.Array) -> Sequence[jax.Array]:
-        return [leaf] if len(period) == 1 else jnp.unstack(leaf)
+    def single(kind: bool, leaf: jax.Array) -> Sequence[jax.Array]:
+        return [leaf] if len(kinds[kind]) == 1 else jnp.unstack(leaf)
 
     def run(layer: Layer, weights: Params, x_BLD: jax.Array, slot: LayerCache | None):
-        return nnx.merge(graph, weights)(x_BLD, road, layer, slot)
+        return nnx.merge(graphs[layer.looks], weights)(x_BLD, road, layer, slot)
 
     if compute.remat != "none":
         run = jax.checkpoint(  # inside a scan of single layers XLA cannot undo it; between neighbours it could
             run, policy=REMAT[compute.remat], prevent_cse=len(period) > 1 or repeats == 1, static_argnums=0
         )
 
-    def body(carry: tuple[jax.Array, Cache | None], group: tuple[Params, jax.Array]) -> tuple[Any, Any]:
+    def body(carry: tuple[jax.Array, Cache | None], groups: dict[bool, tuple[Params, jax.Array]]) -> tuple[Any, Any]:
         x_BLD, cache = carry
-        weights, numbers = group
-        leaves, structure = jax.tree.flatten(weights)
-        total = None
-        each = zip(*map(single, leaves), strict=True)
-        for layer, number, one in zip(period, single(numbers), each, strict=True):
+        total, each = None, {}
+        for kind, group in groups.items():
+            leaves, structure = jax.tree.flatten(group)
+            rows = zip(*(single(kind, leaf) for leaf in leaves), strict=True)
+            each[kind] = iter([jax.tree.unflatten(structure, row) for row in rows])
+        for layer in period:
+            one, number = next(each[layer.looks])
             slot = None if cache is None else LayerCache(cache, number)
-            x_BLD, slot, stats = run(layer, jax.tree.unflatten(structure, one), x_BLD, slot)
+            x_BLD, slot, stats = run(layer, one, x_BLD, slot)
             cache = None if slot is None else slot.cache
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
         return (x_BLD, cache), total
 
-    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
     unroll = max(1, min(compute.scan_unroll // len(period), repeats))
-    groups = jax.tree.map(grouped, (layers, numbers))
+    numbered = {kind: (stacks[kind], jnp.arange(jax.tree.leaves(stacks[kind])[0].shape[0])) for kind in kinds}
+    groups = {kind: jax.tree.map(functools.partial(grouped, kind), own) for kind, own in numbered.items()}
     (x_BLD, cache), stats = jax.lax.scan(body, (x_BLD, cache), groups, unroll=unroll)
     return x_BLD, cache, jax.tree.map(lambda leaf: leaf.sum(axis=0), stats)
+
+
+def through(
+    layers: Params, stack: DecoderConfig, x_BLD: jax.Array, stops: Sequence[int], compute: Compute, road: Road
+) -> dict[int, jax.Array]:
+    """What comes out of a tower's stack after so many layers, for each of `stops`; those behind the last one are not
+    computed.
+    """
+    outputs, done = {0: x_BLD}, 0
+    for stop in sorted(set(stops)):
+        for first, repeats, period in periods(stack.each[done:stop]):
+            x_BLD = scan(layers, x_BLD, None, done + first, repeats, period, stack, compute, road)[0]
+        outputs[stop] = x_BLD
+        done = max(done, stop)
+    return outputs

@@ -65,6 +65,42 @@ QWEN2_5_VL = {
         for leaf, name in (("kernel", "weight"), ("bias", "bias"))
     },
 }
+_MLLAMA_BLOCK = {
+    **{
+        f"layers/{ours}/{leaf}": f"layers.{{i}}.{theirs}.{name}"
+        for ours, theirs in (("input_norm", "input_layernorm"), ("post_norm", "post_attention_layernorm"))
+        for leaf, name in (("scale", "weight"), ("bias", "bias"))
+    },
+    **{
+        f"layers/attention/{part}/kernel": f"layers.{{i}}.self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o")
+    },
+    **{
+        f"layers/mlp/{ours}/{leaf}": f"layers.{{i}}.mlp.{theirs}.{name}"
+        for ours, theirs in (("up", "fc1"), ("down", "fc2"))
+        for leaf, name in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+MLLAMA = {
+    **{f"vision/{path}": f"transformer.{name}" for path, name in _MLLAMA_BLOCK.items()},
+    **{f"vision/further/{path}": f"global_transformer.{name}" for path, name in _MLLAMA_BLOCK.items()},
+    "vision/further/layers/attention_gate": "global_transformer.layers.{i}.gate_attn",
+    "vision/further/layers/mlp_gate": "global_transformer.layers.{i}.gate_ffn",
+    "vision/patch/kernel": AsStored("patch_embedding.weight"),
+    "vision/class/embedding": "class_embedding",
+    "vision/positions/embedding": "gated_positional_embedding.embedding",
+    "vision/positions/gate": "gated_positional_embedding.gate",
+    "vision/tile_positions/embedding": "gated_positional_embedding.tile_embedding.weight",
+    **{
+        f"vision/{ours}/{leaf}": f"{theirs}_tile_positional_embedding.{name}"
+        for ours, theirs in (("tiles_before", "pre"), ("tiles_after", "post"))
+        for leaf, name in (("embedding", "embedding.weight"), ("gate", "gate"))
+    },
+    **{
+        f"vision/{ours}/{leaf}": f"layernorm_{theirs}.{name}"
+        for ours, theirs in (("pre_norm", "pre"), ("norm", "post"))
+        for leaf, name in (("scale", "weight"), ("bias", "bias"))
+    },
+}
 WEIGHTS = {
     "clip_vision_model": CLIP,
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), SIGLIP),

@@ -21,20 +21,26 @@ from models.config import Compute, DecoderConfig, Layer
 from models.layers import Road, normed
 from models.linear import matrix_product
 from models.sharding import ROWS, constrain
-from models.stack import Params, block_of, cast, periods, scan
+from models.stack import Params, block_of, cast, through
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 FARTHEST = 1 << 15  # rows and columns of patches are fewer
-KEYS = ("patches", "patch_segments", "patch_places", "image_features", "groups", "axes")  # as Images has them
+KEYS = (  # of a batch, as Images has them
+    *("patches", "patch_segments", "patch_places", "image_features"),
+    *("groups", "axes", "patch_tiles", "cross_images"),
+)
+OF_PATCHES = ("patches", "segments", "places", "tiles")  # those that are as long as patches are many
 
 
 class Images(NamedTuple):
     """The pictures of a batch of rows: `patches` [B, P, C], which segment each is of (0: none) [B, P], its row and
     column [B, P, 2], and for each token 1 + the number of the feature that takes its place, or 0 [B, L]. Of families
     whose pictures see themselves both ways, the group of each token, or 0 [B, L]; of those whose tokens have positions
-    in time, height and width, these [B, L, 3].
+    in time, height and width, these [B, L, 3]. Of families whose text looks at pictures no token is a feature: for each
+    patch the tile of its picture and the number of its aspect ratio [B, P, 2], and for each token the first and the
+    last picture that it sees, and whether it stands before them [B, L, 3].
     """
 
     patches: Any
@@ -43,6 +49,8 @@ class Images(NamedTuple):
     features: Any
     groups: Any = None
     axes: Any = None
+    tiles: Any = None
+    looks: Any = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "Images | None":
@@ -52,15 +60,31 @@ class Images(NamedTuple):
 
 class Shown(NamedTuple):
     """The pictures of one prompt, as `Images` has those of rows: patches [p, C], segments [p], places [p, 2], and for
-    each of its tokens the feature that takes its place [n], its group [n] and its axes [n, 3].
+    each of its tokens the feature that takes its place [n], its group [n] and its axes [n, 3]; or tiles [p, 2] and
+    looks [n, 3].
     """
 
     patches: np.ndarray
     segments: np.ndarray
     places: np.ndarray
-    features: np.ndarray
+    features: np.ndarray | None
     groups: np.ndarray | None = None
     axes: np.ndarray | None = None
+    tiles: np.ndarray | None = None
+    looks: np.ndarray | None = None
+
+
+def most_looked_at(shown: Sequence[Shown], vision: "Vision | None") -> int:
+    """How many features the text of one of these prompts looks at, at most; 0 where features stand among the text."""
+    if vision is None or not shown or shown[0].looks is None:
+        return 0
+    return _room(shown, vision) // vision.tile * (vision.tile + vision.class_token)
+
+
+def _room(shown: Sequence[Shown], vision: "Vision") -> int:
+    """How many patches there is room for; few sizes."""
+    units = -(-max(len(one.patches) for one in shown) // vision.unit)
+    return vision.unit << (units - 1).bit_length()
 
 
 def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -> Images | None:
@@ -68,17 +92,15 @@ def stacked(prompts: Sequence[Shown | None], vision: "Vision", *, length: int) -
     shown = [one for one in prompts if one is not None]
     if not shown:
         return None
-    tiles = -(-max(len(one.patches) for one in shown) // vision.unit)
-    most = vision.unit << (tiles - 1).bit_length()  # few shapes
-    rows = len(prompts)
-    images = Images(
-        np.zeros((rows, most, shown[0].patches.shape[1]), np.float32),
-        np.zeros((rows, most), np.int32),
-        np.zeros((rows, most, 2), np.int32),
-        np.zeros((rows, length), np.int32),
-        None if shown[0].groups is None else np.zeros((rows, length), np.int32),
-        None if shown[0].axes is None else np.zeros((rows, length, 3), np.int32),
-    )
+    most = _room(shown, vision)
+
+    def room(name: str) -> np.ndarray | None:
+        one = getattr(shown[0], name)
+        if one is None:
+            return None
+        return np.zeros((len(prompts), most if name in OF_PATCHES else length, *one.shape[1:]), one.dtype)
+
+    images = Images(*map(room, Images._fields))
     for row, one in enumerate(prompts):
         for whole, own in zip(images, one or (), strict=False):
             if own is not None:
@@ -108,6 +130,9 @@ class Vision:
     pre_norm: bool = False
     takes: tuple[int, ...] | None = None
     drops_class: bool = False
+    tiles: int = 1  # of a picture, which see one another
+    ratios: tuple[int, ...] = ()  # how many tiles are filled, by the number of the picture's aspect ratio
+    further: DecoderConfig | None = None  # layers behind the tower's
     projector_bias: bool = False
     activation: str = "gelu"
     pooled: int = 0  # features in a row of a tile that are left of its patches, or patches in a row of a feature
@@ -116,12 +141,12 @@ class Vision:
     @property
     def width(self) -> int:
         """Of what the projector reads."""
-        return self.layers.width * len(self.takes or (0,))
+        return self.layers.width * (len(self.takes or (0,)) + (self.further is not None))
 
     @property
     def unit(self) -> int:
         """How many patches come together, at least."""
-        return self.tile or self.pooled**2
+        return self.tile * self.tiles or self.pooled**2
 
 
 def vit(*, width: int, heads: int, mlp_width: int, layers: int, activation: str, eps: float) -> DecoderConfig:
@@ -244,14 +269,9 @@ def _outputs(
         lora=compute.lora,
     )
     takes = (stack.layers,) if vision.takes is None else vision.takes
-    outputs, done = {0: x_TPE}, 0
-    for stop in sorted(set(takes)):
-        for first, repeats, period in periods(stack.each[done:stop]):
-            x_TPE = scan(tower["layers"], x_TPE, None, done + first, repeats, period, stack, compute, road)[0]
-        outputs[stop] = x_TPE
-        done = max(done, stop)
+    outputs = through(tower["layers"], stack, x_TPE, takes, compute, road)
     if vision.takes is None:
-        return [normed(x_TPE, tower["norm"]["scale"], tower["norm"]["bias"], stack)]
+        return [normed(outputs[stack.layers], tower["norm"]["scale"], tower["norm"]["bias"], stack)]
     return [outputs[take] for take in takes]
 
 

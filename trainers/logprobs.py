@@ -81,6 +81,7 @@ def token_scores(
     if unknown := sorted(set(also) - set(ALSO)):
         raise ValueError(f"token_scores: also={unknown}: allowed are {', '.join(ALSO)}")
     wanted_BL = jnp.ones(targets_BL.shape, bool) if weights_BL is None else weights_BL > 0
+    targets_BL = jnp.where(wanted_BL, targets_BL, 0)  # some may be tokens that only the embedding has
     flavour = Flavour(chunk, softcap, temperature, tuple(also))
     found = _scores(hidden_BLD, (head_VD, bias_V), targets_BL, wanted_BL, flavour)
     with_gradient = ("logprob", "entropy") if entropy_gradient else ("logprob",)

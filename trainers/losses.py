@@ -67,9 +67,10 @@ def cross_entropy(
 ) -> tuple[Sum, dict[str, Sum]]:
     """Weighted cross-entropy of every target, and what a training log shows beside it.
 
-    Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained);
-    the head's bias and the cap c of its logits, c tanh(logits / c), if it has them; `chunk`, how many tokens of the
-    batch meet the vocabulary at once. With `label_smoothing` e the loss of a token is
+    Args: hidden states [B, L, D], the head [V, D], int32 targets [B, L], float32 weights [B, L] (0 = not trained: the
+    target may then be any number, such as a token that only the embedding has); the head's bias and the cap c of its
+    logits, c tanh(logits / c), if it has them; `chunk`, how many tokens of the batch meet the vocabulary at once. With
+    `label_smoothing` e the loss of a token is
     (1 - e) (-log p) + e mean_v(-log p_v); with `detached_weight` it is -p log p with the first p held fixed (DFT,
     arXiv:2508.05629, eq. 9), and e has no effect. With `z_loss` z, z log^2 Z is added to each, where Z is the sum over
     the exponentials of its (capped) logits: it keeps log Z near 0 (PaLM, arXiv:2204.02311, section 5). Returns the loss
@@ -77,6 +78,7 @@ def cross_entropy(
     likewise; only the loss has a gradient.
     """
     count = weights_BL.sum()
+    targets_BL = jnp.where(weights_BL == 0, 0, targets_BL)
     flavour = Flavour(chunk, 0.0 if detached_weight else label_smoothing, detached_weight, softcap, z_loss)
     sums = _token_sums(hidden_BLD, (head_VD, bias_V), targets_BL, weights_BL, flavour)
     metrics = {"entropy": Sum(sums.entropy, count), "mean_token_accuracy": Sum(sums.correct, count)}

@@ -54,12 +54,16 @@ class Mllama(Processor):
 
 
 def seen(pictured: np.ndarray, before: int = 0) -> np.ndarray:
-    """The first and the last picture, from 1 + `before` on, that each token sees, int32 [n, 2]; 0, 0 for none. It sees
-    the one that came last, and those that stand directly before it."""
+    """The first and the last picture, from 1 + `before` on, that each token sees, and whether it stands before all of
+    them, int32 [n, 3]; 0, 0, 0 where there are none. It sees the one that came last, and those that stand directly
+    before it; in front of the first one all of them, as in transformers."""
     last = np.cumsum(pictured)
     starts = pictured & ~np.concatenate([[False], pictured[:-1]])
     first = np.maximum.accumulate(np.where(starts, last, 0))
-    return np.where(last[:, None] > 0, before + np.stack([first, last], axis=1), 0).astype(np.int32)
+    count = int(pictured.sum())
+    after = np.stack([before + first, before + last, np.zeros_like(last)], axis=1)
+    ahead = np.array([before + 1, before + count, 1]) if count else np.zeros(3, np.int32)
+    return np.where(last[:, None] > 0, after, ahead).astype(np.int32)
 
 
 def open(settings: Settings) -> Mllama:

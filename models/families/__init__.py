@@ -34,6 +34,7 @@ FAMILIES = {
     "idefics3": "models.families.idefics3",
     "llama": "models.families.llama",
     "llava": "models.families.llava",
+    "mllama": "models.families.mllama",
     "mistral": "models.families.mistral",
     "mixtral": "models.families.mixtral",
     "olmo2": "models.families.olmo2",
@@ -71,6 +72,17 @@ class AsStored(str):
     """The name of a tensor that the files keep as [in, out] like our kernels, where a linear layer's is [out, in]."""
 
     __slots__ = ()
+
+
+class OfLayers(str):
+    """The name of a tensor that some layers have, by their numbers in the files, in the order of our stack."""
+
+    layers: tuple[int, ...]
+
+    def __new__(cls, name: str, layers: Sequence[int]) -> "OfLayers":
+        made = super().__new__(cls, name)
+        made.layers = tuple(layers)
+        return made
 
 
 class Fields:

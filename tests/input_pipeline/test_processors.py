@@ -254,9 +254,10 @@ def test_a_token_sees_the_pictures_that_mllamas_mask_shows_it(ids):
     pictures = len(places)
     mask = hf.convert_sparse_cross_attention_mask_to_dense([places], [[1] * pictures], 1, len(ids))[0, :, :, 0]
     found = seen(np.asarray(ids) == 9, before=3)
-    for token, (first, last) in enumerate(found):
+    for token, (first, last, before) in enumerate(found):
         expected = [4 + picture for picture in range(pictures) if mask[token, picture]]
-        assert list(range(first, last + 1)) == (expected or [0])
+        assert bool(before) == (not expected and pictures > 0)
+        assert list(range(first, last + 1)) == (expected or list(range(4, 4 + pictures)) or [0])
 
 
 def test_a_processor_that_does_not_fit_its_model_is_refused(tmp_path, tokenizer_maker):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainers.logprobs import token_logprobs
 from trainers.losses import Sum, cross_entropy
 
 
@@ -126,6 +127,19 @@ def test_z_loss_and_its_gradients_are_those_of_torch(softcap):
     np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
     np.testing.assert_allclose(grads[0], hidden_t.grad, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grads[1], head_t.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_target_that_is_not_trained_may_be_a_token_that_the_head_lacks():
+    hidden, head, targets, weights = made(0, 2, 6)
+    beyond = np.where(weights == 0, 11, targets)
+    assert (beyond == 11).any()
+
+    def both(targets):
+        loss = cross_entropy(hidden, head, targets, weights)[0].total
+        return loss, token_logprobs(hidden, head, targets, weights_BL=weights).sum()
+
+    assert both(beyond) == both(targets)
+    assert np.isfinite(both(beyond)).all()
 
 
 def test_logits_of_ten_thousand_stay_finite():

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import Compute
+from input_pipeline.processors.mllama import seen
+from input_pipeline.processors.qwen_vl import axes
+from models.config import Compute, DecoderConfig, Layer
 from models.decoder import abstract_params, init_params
 from models.lora import split
+from models.rope import axial_rope
 from models.sharding import make_mesh, paths
 from models.vision import Vision, vit
 from tests.trainers.test_step import CONFIG as TEXT
@@ -38,11 +41,33 @@ TOWER = Vision(
     activation="gelu",
 )
 CONFIG = replace(TEXT, vision=TOWER)
+# As Qwen2.5-VL: patches of a row together, that rotate and are merged; tokens on three axes.
+_AXIAL = axial_rope(head_width=8, theta=10_000.0)
+_ROTATED = replace(TOWER.layers, each=(Layer(2, _AXIAL), Layer(None, _AXIAL)), fused_qkv="blocks")
+_TURNED = replace(TEXT.each[0].rope, axes=(0, 1, 2, 2))
+MERGED = Vision(layers=_ROTATED, patch=4, channels=3, takes=(2,), projector="merged", pooled=2)
+# As Llama 3.2 Vision: two tiles a picture, which every other layer looks at.
+_PLAIN = replace(TOWER.layers, each=(Layer(None, None),) * 2)
+TILED = replace(
+    TOWER,
+    layers=_PLAIN,
+    takes=(1,),
+    drops_class=False,
+    projector="linear",
+    tiles=2,
+    ratios=(0, 1, 2),
+    further=replace(_PLAIN, gates=True),
+)
+CONFIGS = {
+    "features among the text": CONFIG,
+    "pictures of any shape": replace(CONFIG, vision=MERGED, each=(Layer(None, _TURNED),) * TEXT.layers),
+    "text that looks": replace(CONFIG, vision=TILED, each=(TEXT.each[0], Layer(None, None, looks=True)) * 2),
+}
 ROWS, LENGTH, STEPS = 16, 24, 3
 Host = dict[str, np.ndarray]
 
 
-def batch(step: int, *, accumulation: int) -> Host:
+def batch(step: int, *, accumulation: int, kind: str = "features among the text") -> Host:
     """Rows with two pictures, one, or none."""
     random = np.random.default_rng(step)
     tokens = random.integers(1, CONFIG.vocabulary, (ROWS, LENGTH)).astype(np.int32)
@@ -64,18 +89,35 @@ def batch(step: int, *, accumulation: int) -> Host:
             arrays["patch_segments"][row, at] = picture + 1
             arrays["patch_places"][row, at] = [[0, 0], [0, 1], [1, 0], [1, 1]]
             arrays["image_features"][row, 6 * picture : 6 * picture + 4] = 1 + 4 * picture + np.arange(4)
+    if kind == "pictures of any shape":
+        pictured = arrays["image_features"] % 4 == 1
+        arrays["image_features"] = np.where(pictured, -(-arrays["image_features"] // 4), 0)
+        grids = [[(1, 1)] * (row % 3) for row in range(ROWS)]
+        arrays["axes"] = np.stack([axes(at, grid) for at, grid in zip(pictured, grids, strict=True)])
+    if kind == "text that looks":
+        twice = {name: np.repeat(arrays[name], 2, axis=1) for name in arrays if name.startswith("patch")}
+        arrays |= twice  # a tile alike for each that is there
+        pictures = np.array([[row % 3 > 0, row % 3 > 1] for row in range(ROWS)])
+        arrays["patch_segments"] = np.repeat(pictures * np.array([1, 2]), 8, axis=1).astype(np.int32)
+        tile, ratio = np.tile(np.repeat([0, 1], 4), 2), np.repeat(pictures * np.array([1, 2]), 8, axis=1)
+        arrays["patch_tiles"] = np.stack([np.broadcast_to(tile, ratio.shape), ratio], axis=-1).astype(np.int32)
+        starts = arrays.pop("image_features") % 4 == 1
+        arrays["cross_images"] = np.stack([seen(row) for row in starts])
     return {name: array.reshape(accumulation, -1, *array.shape[1:]) for name, array in arrays.items()}
 
 
-def built(mesh: jax.sharding.Mesh, *, trained: set[str] | None = None) -> tuple[Step, Any, Any]:
+def built(
+    mesh: jax.sharding.Mesh, *, trained: set[str] | None = None, config: DecoderConfig = CONFIG
+) -> tuple[Step, Any, Any]:
     """A step, and parameters of which only the trained ones are in the state."""
-    params = init_params(jax.random.key(0), CONFIG, dtype=jnp.float32)
+    params = init_params(jax.random.key(0), config, dtype=jnp.float32)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: x + 0.5 * ("gate" in path[-1].key), params)  # open
     own, frozen = split(params, trained or set(paths(params)))
     # An epsilon that a gradient of rounding errors alone cannot pass: AdamW would make a whole update of it.
     optimizer = optim.build(
         "adamw", schedule=lambda step: 3e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-5, momentum=0.0
     )
-    loss = sft_loss(CONFIG, compute=Compute())
+    loss = sft_loss(config, compute=Compute())
     return build_step(loss, optimizer, own, mesh=mesh, max_grad_norm=1.0, frozen=frozen), own, frozen
 
 
@@ -83,12 +125,14 @@ def made(name: str) -> jax.sharding.Mesh:
     return make_mesh(MESHES[name], devices=jax.devices()[: math.prod(MESHES[name].values())])
 
 
-def trajectory(name: str, accumulation: int) -> tuple[np.ndarray, Any]:
+def trajectory(name: str, accumulation: int, kind: str) -> tuple[np.ndarray, Any]:
     mesh = made(name)
-    step, params, _ = built(mesh)
+    step, params, _ = built(mesh, config=CONFIGS[kind])
     state, found = step.init(jax.device_put(params, step.shardings.params)), []
     for number in range(STEPS):
-        state, metrics = step.train(state, None, device_batch(batch(number, accumulation=accumulation), mesh))
+        state, metrics = step.train(
+            state, None, device_batch(batch(number, accumulation=accumulation, kind=kind), mesh)
+        )
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     return np.array(found), jax.device_get(state.params)
 
@@ -100,14 +144,19 @@ CUTS = [
 
 
 @functools.cache
-def plain() -> tuple[np.ndarray, Any]:
-    return trajectory("one device", 1)
+def plain(kind: str) -> tuple[np.ndarray, Any]:
+    return trajectory("one device", 1, kind)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind == "pictures of any shape" else ()) for kind in CONFIGS],
+)
 @pytest.mark.parametrize(("mesh", "accumulation"), CUTS)
-def test_steps_on_pictures_are_the_same_on_every_mesh_and_accumulation(mesh, accumulation):
-    expected, whole = plain()
-    found, params = trajectory(mesh, accumulation)
+def test_steps_on_pictures_are_the_same_on_every_mesh_and_accumulation(mesh, accumulation, kind):
+    expected, whole = plain(kind)
+    assert np.isfinite(expected).all()
+    found, params = trajectory(mesh, accumulation, kind)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), params, whole)
 
