@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from tests.launch.test_end_to_end import einkorn
-from tests.launch.test_vision import DOCUMENTED, losses, run
+from tests.launch.test_vision import DOCUMENTED, OWN_ANSWERS, REWARD, ROWS, losses, run
 from tests.tiny_vision import SEEING
 
 TEXT = {
@@ -63,6 +63,26 @@ def model_folder(folder: Path, tiny_chat_model: Path, make: Callable[..., tuple[
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "image"), [(mllama, "<|image|>"), (qwen2_5_vl, "<|image_pad|>")])
+def test_what_a_family_says_about_pictures_is_what_training_sees(make, image, tmp_path, tiny_chat_model, coloured_rows):
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [json.loads(line) for line in coloured_rows.read_text().splitlines() if "image_path" in line]
+    prompts = tmp_path / "prompts.jsonl"
+    made = (ROWS["VERL_GRPO"](row["messages"][:1], row["messages"][1]["content"].split()[0]) for row in rows)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in made))
+    names = {"model": model_folder(tmp_path / "model", tiny_chat_model, make, image), "data": prompts}
+    names |= {"root": coloured_rows.parent, "trainer": "VERL_GRPO", "reward": f"{tmp_path / 'reward.py'}:names_it"}
+    config = tmp_path / "grpo.yaml"
+    config.write_text(OWN_ANSWERS.format(**names, kwargs="{}"))
+    words = "{data: {train_batch_size: 2}}"
+    run(tmp_path / "out", config, max_steps=2, save_steps=0, verl_config_overrides=words)
+    events = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    apart = [event["sampling/sampling_logp_difference/max"] for event in events if "loss" in event]
+    assert len(apart) == 2
+    assert max(apart) < 1e-4
 
 
 @pytest.mark.parametrize(
