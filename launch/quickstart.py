@@ -1,11 +1,12 @@
 """The quickstarts' second half: ask the model, train it, ask it again, and show what changed.
 
-    python -m launch.quickstart [sft | dpo | grpo] [--key value …]     (launch/quickstart.sh installs, then calls this)
+    python -m launch.quickstart [sft | dpo | grpo | vl_sft | vl_grpo] [--key value …]
 
-`sft` turns messages into JSON: what counts is that the answer, read as JSON, equals the expected object in all five
-fields. `dpo` learns to be brief from pairs of answers, `grpo` from rewards of its own: what counts is one paragraph of
-whole sentences with at most 40 words. Further arguments go to `einkorn train` as they are. One process does it all: an
-accelerator serves one at a time.
+(launch/quickstart.sh installs, then calls this.) `sft` turns messages into JSON: what counts is that the answer, read
+as JSON, equals the expected object in all five fields. `dpo` learns to be brief from pairs of answers, `grpo` from
+rewards of its own: what counts is one paragraph of whole sentences with at most 40 words. `vl_sft` learns to read
+handwritten digits in pictures, `vl_grpo` goes on from what that made, by rewards: what counts is the right digit.
+Further arguments go to `einkorn train` as they are. One process does it all: an accelerator serves one at a time.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.brief_answers import is_brief
+from launch.smollm2 import default_cache
 
 ROWS = 32  # of a held-out file: enough to see the difference, few enough for a laptop
 SHOWN = 3
@@ -25,14 +27,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Runs a whole comparison from the repository's root; progress goes to stderr, the result to stdout."""
     from configs.load import load
     from launch import cli
-    from launch.smollm2 import fetch_smollm2
 
     started = time.monotonic()
     task, overrides = chosen(arguments)
-    model = fetch_smollm2()
-    options = [f"--model.model_name={model}", *overrides]
+    model, data = task.prepare()
+    options = [f"--model.model_name={model}", *data, *overrides]
     training = load(task.config, options).config.training
-    rows = read_rows(task.held_out)[:ROWS]
+    rows = read_rows(task.held_out)[: task.rows]
 
     say(f"before: {model.name} answers {len(rows)} held-out messages")
     before = answer(model, rows, longest=task.longest_answer)
@@ -60,7 +61,7 @@ def read_rows(file: Path) -> list["Row"]:
     """
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     asked = [(row["prompt"], row["chosen"]) if "chosen" in row else _split(row["messages"]) for row in rows]
-    return [Row(prompt, expected[0]["content"]) for prompt, expected in asked]
+    return [Row(_with_pictures(prompt, file.parent), expected[0]["content"]) for prompt, expected in asked]
 
 
 def answer(folder: Path, rows: Sequence["Row"], *, longest: int) -> list[str]:
@@ -69,9 +70,15 @@ def answer(folder: Path, rows: Sequence["Row"], *, longest: int) -> list[str]:
     from models.generate import generate
 
     talker = open_talker(str(folder))
-    prompts = [talker.question(row.prompt).ids for row in rows]
-    stop_ids = talker.stop_ids
-    answers = generate(talker.params, talker.config, prompts, max_new_tokens=longest, stop_ids=stop_ids)
+    asked = [talker.question(row.prompt) for row in rows]
+    answers = generate(
+        talker.params,
+        talker.config,
+        [one.ids for one in asked],
+        max_new_tokens=longest,
+        stop_ids=talker.stop_ids,
+        shown=[one.shown for one in asked],
+    )
     return [talker.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
@@ -91,7 +98,7 @@ def is_exact(given: str, expected: str) -> bool:
 def show(task: "Task", rows: Sequence["Row"], before: Sequence[str], after: Sequence[str]) -> None:
     """Prints a few answers side by side, and how many are right of all."""
     for row, old, new in list(zip(rows, before, after, strict=True))[:SHOWN]:
-        print(f"\nmessage   {row.prompt[-1]['content']}")
+        print(f"\nmessage   {_said(row.prompt[-1]['content'])}")
         print(f"before    {_one_line(old)}\nafter     {_one_line(new)}\n{task.expected:9} {row.expected}")
     shares = [share_right(task, answers, rows) for answers in (before, after)]
     print(f"\n{task.counts} on {len(rows)} held-out messages: {shares[0]:.0%} before, {shares[1]:.0%} after")
@@ -106,6 +113,19 @@ def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
     return messages[:-1], messages[-1:]
 
 
+def _with_pictures(messages: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The messages with pictures named from here, and not from the folder that their file is in."""
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "image_path":
+                part["content"] = str(folder / part["content"])
+    return messages
+
+
+def _said(content: Any) -> str:
+    return content if isinstance(content, str) else " ".join(str(part["content"]) for part in content)
+
+
 def _one_line(text: str, *, width: int = 160) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
@@ -118,6 +138,36 @@ class Row(NamedTuple):
     expected: str
 
 
+def _smollm2() -> "Prepared":
+    from launch.smollm2 import fetch_smollm2
+
+    return Prepared(fetch_smollm2(), [])
+
+
+def _small_llava() -> "Prepared":
+    from launch.digits import fetch_digits
+    from launch.small_llava import make_small_llava
+
+    return Prepared(make_small_llava(), [f"--data.train.datasets[0].dataset_path={fetch_digits() / 'train.jsonl'}"])
+
+
+def _that_reads() -> "Prepared":
+    from configs.load import load
+    from launch.digits import fetch_digits
+
+    model = Path(load(TASKS["vl_sft"].config, []).config.training.output_dir)
+    if not (model / "config.json").is_file():
+        raise SystemExit(f"quickstart: vl_grpo goes on from {model}, which vl_sft makes; run that first")
+    return Prepared(model, [f"--data.train.datasets[0].dataset_path={fetch_digits() / 'prompts.jsonl'}"])
+
+
+class Prepared(NamedTuple):
+    """The model that a quickstart begins with, and options that say where its data is."""
+
+    model: Path
+    options: list[str]
+
+
 class Task(NamedTuple):
     """A quickstart: its configuration, its held-out rows, and what counts."""
 
@@ -127,6 +177,8 @@ class Task(NamedTuple):
     is_right: Callable[[str, str], bool]  # an answer, and the expected one
     expected: str  # what the answer in the data is called
     counts: str  # what is_right says
+    prepare: Callable[[], Prepared] = _smollm2  # fetches and makes what is not there
+    rows: int = ROWS  # held-out ones that are asked
 
 
 DATA = Path("configs/quickstart")
@@ -150,6 +202,19 @@ TASKS = {
         "such as",
         "brief answers",
     ),
+    **{
+        name: Task(
+            f"{DATA}/{name}.yaml",
+            default_cache() / "digits/heldout.jsonl",
+            4,
+            lambda given, expected: given.strip() == expected,
+            "expected",
+            "the right digit",
+            prepare,
+            300,
+        )
+        for name, prepare in (("vl_sft", _small_llava), ("vl_grpo", _that_reads))
+    },
 }
 
 

@@ -28,7 +28,8 @@ def test_a_script_stops_at_the_first_failure(script: Path) -> None:
 
 def test_quickstart_names_the_devices_and_tasks_it_knows() -> None:
     done = subprocess.run(["bash", ROOT / "launch/quickstart.sh", "gpu"], capture_output=True, text=True)
-    said = "quickstart.sh: 'gpu' is neither a device nor a task; allowed: cpu, cuda, tpu, sft, dpo, grpo\n"
+    allowed = "cpu, cuda, tpu, sft, dpo, grpo, vl_sft, vl_grpo"
+    said = f"quickstart.sh: 'gpu' is neither a device nor a task; allowed: {allowed}\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 

