@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,13 +90,26 @@ def write(all_of_them: list[Digit], folder: Path, *, held_out: int = HELD_OUT) -
             _write_lines(folder / "prompts.jsonl", prompts)
 
 
-def messages(picture: str, answer: str) -> list[dict[str, object]]:
+def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures [n, 32, 32] of a split that `write` wrote, as greys up to 255, and what they show [n]."""
+    from PIL import Image
+
+    rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    pictures, labels = [], []
+    for asked, answered in (row["messages"] for row in rows):
+        with Image.open(folder / asked["content"][0]["content"]) as picture:
+            pictures.append(np.asarray(picture))
+        labels.append(int(answered["content"]))
+    return np.stack(pictures), np.array(labels, np.int32)
+
+
+def messages(picture: str, answer: str) -> list[dict[str, Any]]:
     """A row's messages: the question about a picture, and the answer."""
     parts = [{"type": "image_path", "content": picture}, {"type": "text", "content": QUESTION}]
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
 
 
-def _write_lines(file: Path, rows: list[dict[str, object]]) -> None:
+def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

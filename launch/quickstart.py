@@ -61,7 +61,10 @@ def read_rows(file: Path) -> list["Row"]:
     """
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     asked = [(row["prompt"], row["chosen"]) if "chosen" in row else _split(row["messages"]) for row in rows]
-    return [Row(_with_pictures(prompt, file.parent), expected[0]["content"]) for prompt, expected in asked]
+    return [
+        Row(_with_pictures(prompt, file.parent), expected[0]["content"], _said(prompt[-1]["content"]))
+        for prompt, expected in asked
+    ]
 
 
 def answer(folder: Path, rows: Sequence["Row"], *, longest: int) -> list[str]:
@@ -98,7 +101,7 @@ def is_exact(given: str, expected: str) -> bool:
 def show(task: "Task", rows: Sequence["Row"], before: Sequence[str], after: Sequence[str]) -> None:
     """Prints a few answers side by side, and how many are right of all."""
     for row, old, new in list(zip(rows, before, after, strict=True))[:SHOWN]:
-        print(f"\nmessage   {_said(row.prompt[-1]['content'])}")
+        print(f"\nmessage   {row.said}")
         print(f"before    {_one_line(old)}\nafter     {_one_line(new)}\n{task.expected:9} {row.expected}")
     shares = [share_right(task, answers, rows) for answers in (before, after)]
     print(f"\n{task.counts} on {len(rows)} held-out messages: {shares[0]:.0%} before, {shares[1]:.0%} after")
@@ -114,12 +117,19 @@ def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 
 def _with_pictures(messages: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """The messages with pictures named from here, and not from the folder that their file is in."""
-    for message in messages:
-        for part in message["content"] if isinstance(message["content"], list) else ():
-            if part["type"] == "image_path":
-                part["content"] = str(folder / part["content"])
-    return messages
+    """The messages with the bytes of pictures in the place of their files' names, which count from `folder`."""
+    return [
+        {**message, "content": [_opened(part, folder) for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def _opened(part: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if part["type"] != "image_path":
+        return part
+    return {"type": "image_binary", "binary": (folder / part["content"]).read_bytes()}
 
 
 def _said(content: Any) -> str:
@@ -132,10 +142,11 @@ def _one_line(text: str, *, width: int = 160) -> str:
 
 
 class Row(NamedTuple):
-    """What is asked, as messages, and the text of the right answer, or of a preferred one."""
+    """What is asked, as messages, the text of the right answer, or of a preferred one, and the question for people."""
 
     prompt: list[dict[str, Any]]
     expected: str
+    said: str
 
 
 def _smollm2() -> "Prepared":
@@ -206,7 +217,7 @@ TASKS = {
         name: Task(
             f"{DATA}/{name}.yaml",
             default_cache() / "digits/heldout.jsonl",
-            4,
+            12,
             lambda given, expected: given.strip() == expected,
             "expected",
             "the right digit",

@@ -183,6 +183,7 @@ def _train(
                 report=report,
                 exported=training.save_final_model,
                 adapter_of=_adapter_of(config, model),
+                sees=model.processor is not None,
             )
         )
 

@@ -208,14 +208,20 @@ def with_images(params: Params, vision: Vision, x_BLD: jax.Array, images: Images
 
 def image_features(params: Params, vision: Vision, images: Images, compute: Compute) -> jax.Array:
     """The features [B, F, D] of a row's pictures, one picture's after the other's."""
-    tower, projector = (cast(params[name], compute.dtype) for name in ("vision", "projector"))
-    B = images.patches.shape[0]
+    B, projector = images.patches.shape[0], cast(params["projector"], compute.dtype)
+    outputs_TPE = tower_outputs(params, vision, images, compute)
+    features_TPD = PROJECTORS[vision.projector].project(projector, vision, outputs_TPE)
+    return constrain(features_TPD.reshape(B, -1, features_TPD.shape[-1]), ROWS, None, None)
+
+
+def tower_outputs(params: Params, vision: Vision, images: Images, compute: Compute) -> jax.Array:
+    """What the projector reads of each tile [T, p, E], several outputs side by side where it reads several."""
+    tower = cast(params["vision"], compute.dtype)
     x_TPE, segments_TP = _embedded(tower, vision, images, compute.dtype)
     outputs = _outputs(tower, vision, images, x_TPE, segments_TP, compute)
     if vision.class_token and vision.drops_class:
         outputs = [out_TPE[:, 1:] for out_TPE in outputs]
-    features_TPD = PROJECTORS[vision.projector].project(projector, vision, jnp.concatenate(outputs, axis=-1))
-    return constrain(features_TPD.reshape(B, -1, features_TPD.shape[-1]), ROWS, None, None)
+    return jnp.concatenate(outputs, axis=-1)
 
 
 def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -158,16 +158,18 @@ def final_block(
     report: str | Path | None,
     exported: bool,
     adapter_of: str | None = None,
+    sees: bool = False,
 ) -> str:
     """What a run has done, where its model lies, and what loads it. `values`: last metrics, such as loss; `adapter_of`:
-    the model that an exported adapter belongs to.
+    the model that an exported adapter belongs to; `sees`: whether the model takes pictures.
     """
     folder = Path(output_dir)
     rows = [("model", str(folder) if exported else "not exported (training.save_final_model is false)")]
     if report is not None:
         rows.append(("report", str(report)))
     if exported:
-        library, kind = ("transformers", "AutoModelForCausalLM") if adapter_of is None else ("peft", "AutoPeftModel")
+        model = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+        library, kind = ("transformers", model) if adapter_of is None else ("peft", "AutoPeftModel")
         command = f"from {library} import {kind}; {kind}.from_pretrained({json.dumps(str(folder))})"
         rows += [("load it", f"python -c {shlex.quote(command)}"), ("serve it", serve_command(folder, adapter_of))]
     numbers = "".join(f", {text}" for text in metric_texts(values))

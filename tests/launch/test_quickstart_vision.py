@@ -14,13 +14,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaForC
 
 from configs.load import load
 from launch import digits, quickstart
-from launch.small_llava import SPARE, TOWER, compose
+from launch.digit_tower import patches_of, shifted, trained_tower
+from launch.small_llava import SPARE, TOWER, compose, drawn
 from launch.talk import open_talker
+from models import towers
+from models.families import Fields
+from models.sharding import paths
+from models.vision import Vision, abstract_vision
 from trainers.reward_workers import RewardFunctions
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = "scikit_learn-1.5.2-cp311-cp311-manylinux2014_x86_64.whl"
-SMALL = TOWER | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL = TOWER | {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 
 
 def some_digits(count: int) -> list[digits.Digit]:
@@ -80,8 +85,47 @@ def test_other_data_than_expected_is_refused_and_leaves_nothing(
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_pictures_are_read_back_as_greys_with_what_they_show(written: Path) -> None:
+    pictures, labels = digits.read(written, "heldout")
+    assert (pictures.shape, pictures.dtype, labels.tolist()) == ((3, 32, 32), np.uint8, [5, 6, 7])
+    greys = [255 - digit.pixels.astype(int) * 255 // 16 for digit in some_digits(8)[5:]]
+    assert np.array_equal(pictures[:, ::4, ::4], greys)
+
+
+def test_a_tower_is_given_what_the_models_processor_makes(composed: tuple[Path, Path], written: Path) -> None:
+    talker = open_talker(str(composed[1]))
+    assert talker.processor is not None
+    assert talker.config.vision is not None
+    pictures, _ = digits.read(written, "heldout")
+    prepared = talker.processor.prepare([Image.fromarray(picture).convert("RGB") for picture in pictures])
+    here = patches_of(pictures, talker.config.vision).reshape(prepared.patches.shape)
+    np.testing.assert_allclose(here, prepared.patches, atol=1e-6)
+
+
+def test_a_tower_learns_to_tell_pictures_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    vision = Vision(**towers.tower(Fields(dict(SMALL))), takes=(2,), drops_class=True, projector="mlp")
+    random = np.random.default_rng(0)
+    shapes = paths({"vision": abstract_vision(vision, 8, dtype=np.float32)["vision"]})
+    leaves = {path: drawn(path, leaf.shape, random) for path, leaf in shapes.items()}
+    pictures = np.full((4, 32, 32), 255, np.uint8)  # white, black, lines across, lines down
+    pictures[1], pictures[2, ::8], pictures[3, :, ::8] = 0, 0, 0
+    learned = trained_tower(vision, leaves, pictures, np.arange(4), steps=60)
+    assert {path: leaf.shape for path, leaf in learned.items()} == {path: leaf.shape for path, leaf in shapes.items()}
+    assert "it tells 4 of 4 pictures right" in capsys.readouterr().err
+
+
+def test_shifted_pictures_keep_their_ink_within_two_pixels() -> None:
+    picture = np.full((1, 32, 32), 255, np.uint8)
+    picture[0, 16, 16] = 0
+    moved = shifted(picture.repeat(64, axis=0), np.random.default_rng(0))
+    places = {(int(y), int(x)) for y, x in np.argwhere(moved == 0)[:, 1:]}
+    assert len(np.argwhere(moved == 0)) == 64
+    assert places <= {(y, x) for y in range(14, 19) for x in range(14, 19)}
+    assert {y for y, _ in places} == {x for _, x in places} == {14, 15, 16, 17, 18}
+
+
 @pytest.fixture
-def composed(tmp_path: Path, tiny_chat_model: Path) -> tuple[Path, Path]:
+def composed(tmp_path: Path, tiny_chat_model: Path, written: Path) -> tuple[Path, Path]:
     """The folder of a tiny llama as SmolLM2's is, and that of the model put together from it."""
     text, folder = tmp_path / "text", tmp_path / "seeing"
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
@@ -90,7 +134,7 @@ def composed(tmp_path: Path, tiny_chat_model: Path) -> tuple[Path, Path]:
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)).save_pretrained(text)
-    compose(text, folder, tower=SMALL)
+    compose(text, folder, *digits.read(written, "train"), tower=SMALL, steps=2)
     return text, folder
 
 
@@ -106,9 +150,9 @@ def test_transformers_loads_the_model_strictly_with_the_text_models_weights_as_t
     talker = open_talker(str(folder))
     (row, *_) = quickstart.read_rows(written / "heldout.jsonl")
     asked = talker.question(row.prompt)
-    assert asked.ids.count(model.config.image_token_id) == 16  # patches of 8 × 8
+    assert asked.ids.count(model.config.image_token_id) == 4  # patches of 16 × 16
     assert asked.shown is not None
-    assert row.expected == "5"
+    assert (row.expected, row.said) == ("5", "heldout/0000.png Which digit is this?")
 
 
 def test_the_quickstarts_of_pictures_load_and_every_key_in_them_acts(monkeypatch: pytest.MonkeyPatch) -> None:

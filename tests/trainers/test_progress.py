@@ -167,6 +167,11 @@ def test_exit_codes_are_those_that_launchers_know():
     }
 
 
+def test_the_final_block_of_a_model_that_sees_loads_its_eyes_too():
+    block = final_block(output_dir="runs/it", steps=1, seconds=1.0, values={}, report=None, exported=True, sees=True)
+    assert "from transformers import AutoModelForImageTextToText; AutoModelForImageTextToText.from_pretrained" in block
+
+
 def test_the_final_block_of_an_adapter_names_the_model_it_belongs_to():
     block = final_block(
         output_dir="runs/it", steps=1, seconds=1.0, values={}, report=None, exported=True, adapter_of="some/model"
