@@ -30,6 +30,7 @@ DATA = "sklearn/datasets/data/digits.csv.gz"
 SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
 HELD_OUT = 297  # the last rows of the file, whatever they show: nothing was picked
 SIDE, GREYS, ENLARGED = 8, 16, 4
+TURNED = (15, 35)  # degrees, counterclockwise
 QUESTION = "Which digit is this?"
 
 
@@ -41,8 +42,9 @@ class Digit(NamedTuple):
 
 
 def fetch_digits(cache: Path | None = None) -> Path:
-    """The folder `digits` in `cache` with train.jsonl, heldout.jsonl, prompts.jsonl (those of train, for rewards) and
-    pictures, fetched if it is not there; it appears only when complete.
+    """The folder `digits` in `cache` with pictures and rows: `train`, `heldout`, and `train_turned` and
+    `heldout_turned`, which hang askew; of each .jsonl and _prompts.jsonl, for rewards. Fetched if it is not there; it
+    appears only when complete.
 
     Raises RuntimeError when the package cannot be had, or holds other data than expected.
     """
@@ -70,24 +72,27 @@ def digits(data: bytes) -> list[Digit]:
 
 
 def write(all_of_them: list[Digit], folder: Path, *, held_out: int = HELD_OUT) -> None:
-    """Write the pictures, enlarged so that people see something too, and a row for each; the last are held out."""
+    """Write the pictures, enlarged so that people see something too, upright and turned, and a row for each; the last
+    are held out.
+    """
     from PIL import Image
 
-    first = len(all_of_them) - held_out
+    random, first = np.random.default_rng(0), len(all_of_them) - held_out
     for split, part in (("train", all_of_them[:first]), ("heldout", all_of_them[first:])):
-        (folder / split).mkdir()
-        rows, prompts = [], []
-        for number, digit in enumerate(part):
-            greys = 255 - digit.pixels.astype(np.int32) * 255 // GREYS
-            picture = np.kron(greys.astype(np.uint8), np.ones((ENLARGED, ENLARGED), np.uint8))
-            name = f"{split}/{number:04}.png"
-            Image.fromarray(picture).save(folder / name)
-            asked, answered = messages(name, str(digit.label))
-            rows.append({"messages": [asked, answered]})
-            prompts.append({"prompt": [asked], "digit": str(digit.label)})
-        _write_lines(folder / f"{split}.jsonl", rows)
-        if split == "train":
-            _write_lines(folder / "prompts.jsonl", prompts)
+        labels = [str(digit.label) for digit in part]
+        upright = [Image.fromarray(enlarged(digit)) for digit in part]
+        turned = [
+            picture.rotate(random.uniform(*TURNED), resample=Image.Resampling.BILINEAR, fillcolor=255)
+            for picture in upright
+        ]
+        _write_split(folder, split, upright, labels)
+        _write_split(folder, f"{split}_turned", turned, labels)
+
+
+def enlarged(digit: Digit) -> np.ndarray:
+    """A digit as the greys [32, 32] of a picture, 255 where the paper is white."""
+    greys = 255 - digit.pixels.astype(np.int32) * 255 // GREYS
+    return np.kron(greys.astype(np.uint8), np.ones((ENLARGED, ENLARGED), np.uint8))
 
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +112,20 @@ def messages(picture: str, answer: str) -> list[dict[str, Any]]:
     """A row's messages: the question about a picture, and the answer."""
     parts = [{"type": "image_path", "content": picture}, {"type": "text", "content": QUESTION}]
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+def _write_split(folder: Path, split: str, pictures: Sequence[Any], labels: Sequence[str]) -> None:
+    """Pictures, rows with answers, and rows for rewards, which have the answer in a column that no model sees."""
+    (folder / split).mkdir()
+    rows, prompts = [], []
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        name = f"{split}/{number:04}.png"
+        picture.save(folder / name)
+        asked, answered = messages(name, label)
+        rows.append({"messages": [asked, answered]})
+        prompts.append({"prompt": [asked], "digit": label})
+    _write_lines(folder / f"{split}.jsonl", rows)
+    _write_lines(folder / f"{split}_prompts.jsonl", prompts)
 
 
 def _write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

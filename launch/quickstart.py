@@ -5,7 +5,8 @@
 (launch/quickstart.sh installs, then calls this.) `sft` turns messages into JSON: what counts is that the answer, read
 as JSON, equals the expected object in all five fields. `dpo` learns to be brief from pairs of answers, `grpo` from
 rewards of its own: what counts is one paragraph of whole sentences with at most 40 words. `vl_sft` learns to read
-handwritten digits in pictures, `vl_grpo` goes on from what that made, by rewards: what counts is the right digit.
+handwritten digits in pictures, `vl_grpo` goes on from what that made, by rewards, to such that hang askew: what counts
+is the right digit.
 Further arguments go to `einkorn train` as they are. One process does it all: an accelerator serves one at a time.
 """
 
@@ -169,7 +170,7 @@ def _that_reads() -> "Prepared":
     model = Path(load(TASKS["vl_sft"].config, []).config.training.output_dir)
     if not (model / "config.json").is_file():
         raise SystemExit(f"quickstart: vl_grpo goes on from {model}, which vl_sft makes; run that first")
-    return Prepared(model, [f"--data.train.datasets[0].dataset_path={fetch_digits() / 'prompts.jsonl'}"])
+    return Prepared(model, [f"--data.train.datasets[0].dataset_path={fetch_digits() / 'train_turned_prompts.jsonl'}"])
 
 
 class Prepared(NamedTuple):
@@ -216,15 +217,18 @@ TASKS = {
     **{
         name: Task(
             f"{DATA}/{name}.yaml",
-            default_cache() / "digits/heldout.jsonl",
+            default_cache() / f"digits/{held_out}.jsonl",
             12,
             lambda given, expected: given.strip() == expected,
             "expected",
             "the right digit",
             prepare,
-            300,
+            297,
         )
-        for name, prepare in (("vl_sft", _small_llava), ("vl_grpo", _that_reads))
+        for name, held_out, prepare in (
+            ("vl_sft", "heldout", _small_llava),
+            ("vl_grpo", "heldout_turned", _that_reads),
+        )
     },
 }
 
