@@ -77,6 +77,6 @@ def _scores(trained: Params, vision: Vision, patches_BPC: jax.Array) -> jax.Arra
     ones_BP = jnp.ones((B, vision.tile), jnp.int32)
     places_BP2 = jnp.broadcast_to(grid(vision.columns, vision.columns), (B, vision.tile, 2))
     images = Images(patches_BPC, ones_BP, places_BP2, None)
-    features_BPE = tower_outputs({"vision": trained["tower"]["vision"]}, vision, images, Compute())
+    features_BPE, _ = tower_outputs({"vision": trained["tower"]["vision"]}, vision, images, Compute())
     head = trained["head"]
     return features_BPE.mean(axis=1) @ head["kernel"] + head["bias"][None, :]

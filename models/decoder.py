@@ -234,10 +234,11 @@ def _run(
         sight=sight,
     )
     x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
+    deep: list[jax.Array] = []
     if images is not None:
         assert config.vision is not None, "pictures for a model without a tower"
         if images.looks is None:
-            x_BLD = with_images(params, config.vision, x_BLD, images, compute)
+            x_BLD, deep = with_images(params, config.vision, x_BLD, images, compute)
         elif sight is None:
             road = road._replace(sight=sight_of(params, config, images, compute, keys=False))
     # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
@@ -259,7 +260,11 @@ def _run(
             )
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     else:
-        for first, repeats, period in periods(config.each):
+        for number, joins_BLD in enumerate(deep):
+            x_BLD, cache, _ = scan(layers, x_BLD, cache, number, 1, (config.each[number],), config, compute, road)
+            x_BLD = x_BLD + joins_BLD
+        for begun, repeats, period in periods(config.each[len(deep) :]):
+            first = begun + len(deep)
             x_BLD, cache, stats = scan(layers, x_BLD, cache, first, repeats, period, config, compute, road, looking)
             total = stats if total is None else jax.tree.map(jnp.add, total, stats)
     x_BLD = normed(x_BLD, params["norm"]["scale"], params["norm"].get("bias"), config)

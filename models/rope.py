@@ -8,7 +8,7 @@ included: a last bit of a frequency is an angle of 1e-5 at position 1,000.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -159,6 +159,7 @@ def rope_config(
         raise ValueError("config.json lacks the base of its rotary positions: rope_theta, or rope_parameters with one")
     part = parameters.pop("partial_rotary_factor", None)
     sections = parameters.pop("mrope_section", ())
+    parameters.pop("mrope_interleaved", None)  # a family is or is not: `alternating`
     original = fields.get("original_max_position_embeddings", None) or parameters.get(
         "original_max_position_embeddings"
     )
@@ -179,6 +180,17 @@ def rope_config(
         pairs = len(scaled.frequencies)
         raise ValueError(f"mrope_section in config.json: {sections} for {pairs} pairs of rope type {kind!r}")
     return Rope(_floats(scaled.frequencies), scaled.beyond, float(scaled.factor), interleaved, axes)
+
+
+def alternating(rope: Rope) -> Rope:
+    """Rotation whose pairs take turns, time, height, width, time, …, until one axis has as many as before and the rest
+    is time's.
+    """
+    axes = [0] * len(rope.frequencies)
+    for axis in (1, 2):
+        for pair in range(axis, min(3 * rope.axes.count(axis), len(axes)), 3):
+            axes[pair] = axis
+    return replace(rope, axes=tuple(axes))
 
 
 def axial_rope(*, head_width: int, theta: float) -> Rope:

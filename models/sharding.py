@@ -28,11 +28,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/moe/experts/down/kernel", (None, "expert", "tensor", "fsdp")),
     (r"layers/moe/experts/down/bias", (None, "expert")),
     (
-        r"(vision/|vision/further/|looking/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/kernel(_values|_scale)?",
+        r"(vision/|vision/further/|looking/|projector/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/kernel(_values|_scale)?",
         (None, "fsdp", "tensor"),
     ),
-    (r"(vision/|vision/further/|looking/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/bias", (None, "tensor")),
-    (r"(vision/|vision/further/|looking/)?layers/.*/(o|down)/kernel(_values|_scale)?", (None, "tensor", "fsdp")),
+    (r"(vision/|vision/further/|looking/|projector/)?layers/.*/(q|k|v|qkv|gate|up|gate_up)/bias", (None, "tensor")),
+    (
+        r"(vision/|vision/further/|looking/|projector/)?layers/.*/(o|down)/kernel(_values|_scale)?",
+        (None, "tensor", "fsdp"),
+    ),
     # As an MLP's: both as ("fsdp", "tensor"), XLA computed wrong gradients of `up` on data 2 × fsdp 2 × tensor 2.
     (r"projector/up/kernel", ("fsdp", "tensor")),
     (r"projector/down/kernel", ("tensor", "fsdp")),

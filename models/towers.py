@@ -65,6 +65,11 @@ QWEN2_5_VL = {
         for leaf, name in (("kernel", "weight"), ("bias", "bias"))
     },
 }
+QWEN3_VL = {
+    **{path: type(name)(name.replace("mlp.fc", "mlp.linear_fc")) for path, name in QWEN2_VL.items()},
+    "vision/patch/bias": "patch_embed.proj.bias",
+    "vision/positions/embedding": "pos_embed.weight",
+}
 _MLLAMA_BLOCK = {
     **{
         f"layers/{ours}/{leaf}": f"layers.{{i}}.{theirs}.{name}"

@@ -114,8 +114,10 @@ class Vision:
 
     `layers` is the tower's stack, as a decoder's config without a vocabulary, whose patches may rotate by row and
     column, and whose window is so many patches a side; `tile` how many patches a tile has, in rows of `columns`: none
-    where a picture may have any shape. `takes` are the outputs that become features, by the number of layers before
-    them, each without the class token's where `drops_class`; None: the last one, normed.
+    where a picture may have any shape, and has positions by rotation, or those of a square table of `columns` drawn to
+    its size. `deep` are outputs whose features join the stream behind the text's first layers, one each. `takes` are
+    the outputs that become features, by the number of layers before them, each without the class token's where
+    `drops_class`; None: the last one, normed.
     """
 
     layers: DecoderConfig
@@ -130,6 +132,7 @@ class Vision:
     pre_norm: bool = False
     takes: tuple[int, ...] | None = None
     drops_class: bool = False
+    deep: tuple[int, ...] = ()
     tiles: int = 1  # of a picture, which see one another
     ratios: tuple[int, ...] = ()  # how many tiles are filled, by the number of the picture's aspect ratio
     further: DecoderConfig | None = None  # layers behind the tower's
@@ -185,8 +188,10 @@ def abstract_vision(vision: Vision, width: int, *, dtype: Any) -> Params:
         "patch": {"kernel": kernel} | ({"bias": leaf(E)} if vision.patch_bias else {}),
         "layers": jax.tree.map(lambda one: leaf(stack.layers, *one.shape), block_of(stack)[1]),
     }
+    if places := vision.tile + vision.class_token or vision.columns**2:
+        tower["positions"] = {"embedding": leaf(places, E)}
     if vision.tile:
-        tower |= {"positions": {"embedding": leaf(vision.tile + vision.class_token, E)}, "norm": norm}
+        tower["norm"] = norm
     if vision.class_token:
         tower["class"] = {"embedding": leaf(E)}
     if vision.pre_norm:
@@ -195,33 +200,60 @@ def abstract_vision(vision: Vision, width: int, *, dtype: Any) -> Params:
     for path, shape in PROJECTORS[vision.projector].shapes(vision, width).items():
         module, name = path.split("/")
         projector.setdefault(module, {})[name] = leaf(*shape)
+    if vision.deep:
+        whole = E * vision.pooled**2
+        layers: Params = {
+            "mlp": {},
+            "norm": {"scale": leaf(len(vision.deep), whole), "bias": leaf(len(vision.deep), whole)},
+        }
+        for name, out in (("up", whole), ("down", width)):
+            layers["mlp"][name] = {"kernel": leaf(len(vision.deep), whole, out), "bias": leaf(len(vision.deep), out)}
+        projector["layers"] = layers
     return {"vision": tower, "projector": projector}
 
 
-def with_images(params: Params, vision: Vision, x_BLD: jax.Array, images: Images, compute: Compute) -> jax.Array:
-    """Embeddings [B, L, D] with the features of pictures in the places of those that stand for them."""
-    features_BFD = image_features(params, vision, images, compute)
-    at_BL = jnp.maximum(images.features - 1, 0)
-    taken_BLD = jnp.take_along_axis(features_BFD, at_BL[:, :, None], axis=1)
-    return jnp.where((images.features > 0)[:, :, None], taken_BLD.astype(x_BLD.dtype), x_BLD)
+def with_images(
+    params: Params, vision: Vision, x_BLD: jax.Array, images: Images, compute: Compute
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Embeddings [B, L, D] with the features of pictures in the places of those that stand for them, and what joins the
+    stream there behind the first layer, the second and so on: zero elsewhere.
+    """
+    first_BFD, *deep = image_features(params, vision, images, compute)
+    at_BL1, here_BL1 = jnp.maximum(images.features - 1, 0)[:, :, None], (images.features > 0)[:, :, None]
+
+    def placed(features_BFD: jax.Array, elsewhere: jax.Array | int) -> jax.Array:
+        taken_BLD = jnp.take_along_axis(features_BFD, at_BL1, axis=1)
+        return jnp.where(here_BL1, taken_BLD.astype(x_BLD.dtype), elsewhere)
+
+    return placed(first_BFD, x_BLD), [placed(each, 0) for each in deep]
 
 
-def image_features(params: Params, vision: Vision, images: Images, compute: Compute) -> jax.Array:
-    """The features [B, F, D] of a row's pictures, one picture's after the other's."""
+def image_features(params: Params, vision: Vision, images: Images, compute: Compute) -> list[jax.Array]:
+    """The features [B, F, D] of a row's pictures, one picture's after the other's, and those of each of the deep
+    outputs.
+    """
     B, projector = images.patches.shape[0], cast(params["projector"], compute.dtype)
-    outputs_TPE = tower_outputs(params, vision, images, compute)
-    features_TPD = PROJECTORS[vision.projector].project(projector, vision, outputs_TPE)
-    return constrain(features_TPD.reshape(B, -1, features_TPD.shape[-1]), ROWS, None, None)
+    outputs_TPE, deep = tower_outputs(params, vision, images, compute)
+    found = [PROJECTORS[vision.projector].project(projector, vision, outputs_TPE)]
+    for number, out_TPE in enumerate(deep):
+        one = jax.tree.map(lambda leaf, number=number: leaf[number], projector["layers"])
+        found.append(_merged_before(one, vision, out_TPE))
+    return [constrain(each.reshape(B, -1, each.shape[-1]), ROWS, None, None) for each in found]
 
 
-def tower_outputs(params: Params, vision: Vision, images: Images, compute: Compute) -> jax.Array:
-    """What the projector reads of each tile [T, p, E], several outputs side by side where it reads several."""
+def tower_outputs(
+    params: Params, vision: Vision, images: Images, compute: Compute
+) -> tuple[jax.Array, list[jax.Array]]:
+    """What the projector reads of each tile [T, p, E], several outputs side by side where it reads several; and each of
+    the deep outputs.
+    """
     tower = cast(params["vision"], compute.dtype)
     x_TPE, segments_TP = _embedded(tower, vision, images, compute.dtype)
     outputs = _outputs(tower, vision, images, x_TPE, segments_TP, compute)
     if vision.class_token and vision.drops_class:
         outputs = [out_TPE[:, 1:] for out_TPE in outputs]
-    return jnp.concatenate(outputs, axis=-1)
+    deep = len(vision.deep)
+    return jnp.concatenate(outputs[deep:], axis=-1), outputs[:deep]
 
 
 def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -233,6 +265,8 @@ def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tupl
     if "bias" in tower["patch"]:
         x_TPE = x_TPE + tower["patch"]["bias"][None, None, :]
     if not vision.tile:
+        if vision.columns:
+            x_TPE = x_TPE + _drawn(tower["positions"]["embedding"], vision.columns, images, vision.unit)
         return constrain(x_TPE, ROWS, None, None), segments_TP
     places_TP2 = images.places.reshape(-1, p, 2)
     if vision.fractions:
@@ -247,6 +281,28 @@ def _embedded(tower: Params, vision: Vision, images: Images, dtype: Any) -> tupl
     if vision.pre_norm:
         x_TPE = normed(x_TPE, tower["pre_norm"]["scale"], tower["pre_norm"]["bias"], vision.layers)
     return constrain(x_TPE, ROWS, None, None), segments_TP
+
+
+def _drawn(table: jax.Array, side: int, images: Images, unit: int) -> jax.Array:
+    """Positions [B, P, E] of a table of side x side that is drawn to the size of each picture, corners on corners:
+    between the four nearest of the table.
+    """
+    pictures = images.segments.shape[1] // unit + 1
+
+    def of_row(segments_P: jax.Array, places_P2: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(places_P2, segments_P, num_segments=pictures)[segments_P]
+
+    last_BP2 = jax.vmap(of_row)(images.segments, images.places)
+    at_BP2 = images.places.astype(jnp.float32) * (side - 1) / jnp.maximum(last_BP2, 1)
+    lower_BP2 = jnp.floor(at_BP2)
+    beyond_BP2 = at_BP2 - lower_BP2
+    total: Any = 0.0
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        near_BP2 = jnp.minimum(lower_BP2.astype(jnp.int32) + jnp.array([down, right])[None, None, :], side - 1)
+        share_BP2 = jnp.where(jnp.array([down, right])[None, None, :] == 1, beyond_BP2, 1 - beyond_BP2)
+        found_BPE = table[near_BP2[..., 0] * side + near_BP2[..., 1]]
+        total = total + found_BPE * share_BP2.prod(axis=-1)[..., None].astype(table.dtype)
+    return total
 
 
 def _by_fraction(columns: int) -> np.ndarray:
@@ -274,7 +330,7 @@ def _outputs(
         attention=compute.attention,
         lora=compute.lora,
     )
-    takes = (stack.layers,) if vision.takes is None else vision.takes
+    takes = (*vision.deep, *((stack.layers,) if vision.takes is None else vision.takes))
     outputs = through(tower["layers"], stack, x_TPE, takes, compute, road)
     if vision.takes is None:
         return [normed(outputs[stack.layers], tower["norm"]["scale"], tower["norm"]["bias"], stack)]
@@ -353,6 +409,14 @@ def _merged(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
     T, P, E = x_TPE.shape
     side_by_side = x_TPE.reshape(T, P // vision.pooled**2, vision.pooled**2 * E)
     return _mlp(projector, vision, side_by_side)
+
+
+def _merged_before(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+    """As `_merged`, but normed when they are side by side."""
+    T, P, E = x_TPE.shape
+    side_by_side = x_TPE.reshape(T, P // vision.pooled**2, vision.pooled**2 * E)
+    norm = projector["norm"]
+    return _mlp(projector["mlp"], vision, normed(side_by_side, norm["scale"], norm["bias"], vision.layers))
 
 
 PROJECTORS = {

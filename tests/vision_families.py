@@ -90,7 +90,7 @@ def idefics3(config: Any, model: Any, **kwargs: Any) -> Any:
 def qwen_vl(config: Any, model: Any, **tower: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
     tower = {"depth": 3, "num_heads": 2, "initializer_range": 0.1, **tower}
-    text = TEXT | {"rope_parameters": rope}
+    text = TEXT | {"rope_parameters": rope, "num_hidden_layers": 3, "head_dim": 8}
     return model(config(text_config=text, vision_config=tower, image_token_id=IMAGE))
 
 
@@ -168,6 +168,20 @@ FAMILIES = {
             intermediate_size=40,
             window_size=56,
             fullatt_block_indexes=[1],
+        ),
+        0,
+        grids=GRIDS,
+    ),
+    "qwen3_vl": Family(
+        lambda: qwen_vl(
+            transformers.Qwen3VLConfig,
+            transformers.Qwen3VLForConditionalGeneration,
+            hidden_size=24,
+            out_hidden_size=32,
+            intermediate_size=40,
+            patch_size=14,
+            num_position_embeddings=9,
+            deepstack_visual_indexes=[0, 1],
         ),
         0,
         grids=GRIDS,

@@ -49,6 +49,7 @@ FAMILIES = {
     "qwen2_vl": "models.families.qwen2_vl",
     "qwen3": "models.families.qwen3",
     "qwen3_moe": "models.families.qwen3_moe",
+    "qwen3_vl": "models.families.qwen3_vl",
     "smolvlm": "models.families.idefics3",
     "smollm3": "models.families.smollm3",
     "stablelm": "models.families.stablelm",

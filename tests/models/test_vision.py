@@ -36,10 +36,10 @@ from tests.vision_families import (
 )
 
 
-# SmolVLM is Idefics3 by another name, and the tests are many.
+# SmolVLM is Idefics3 by another name, Qwen2-VL is Qwen2.5-VL without windows, and the tests are many.
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name == "smolvlm" else ()) for name in FAMILIES],
+    params=[pytest.param(name, marks=pytest.mark.slow if name in ("smolvlm", "qwen2_vl") else ()) for name in FAMILIES],
 )
 def family(request, tmp_path_factory) -> tuple[Family, Path, Any]:
     """A family, a folder that transformers saved, and its model."""
@@ -150,7 +150,7 @@ def test_a_folder_is_written_byte_for_byte_and_loads_strictly(family, tmp_path):
 
 
 RENAMED = [
-    name for name in FAMILIES if name not in ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+    name for name in FAMILIES if name not in ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 ]  # whose names are what they were
 
 
