@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from configs.load import Loaded, explain
 from configs.methods import GRPO
@@ -126,7 +127,7 @@ def _settings(loaded: Loaded) -> Table:
         table.add_column(heading, overflow="fold")
     for row in explain(loaded):
         if row.origin != "default":
-            table.add_row(row.path, row.value, row.origin)
+            table.add_row(*(Text(cell) for cell in (row.path, row.value, row.origin)))  # brackets are no markup
     table.caption = "All other keys stand at their defaults."
     return table
 

@@ -247,10 +247,11 @@ def test_check_shows_who_set_what_and_writes_nothing(files):
     output = files / "unwritten"
     done = einkorn(
         *("check", "-c", str(files / "sft.yaml"), "--training.output_dir", str(output)),
-        *("--training.learning_rate=1e-4",),
+        *("--training.learning_rate=1e-4", "--model.freeze_layers=[model.embed_tokens]"),
     )
     assert done.returncode == 0, done.stderr
     assert "command line" in done.stdout
+    assert "[model.embed_tokens]" in done.stdout  # and no markup
     assert "sft.yaml:" in done.stdout
     assert "GiB a device" in done.stdout
     assert not output.exists()
