@@ -25,7 +25,7 @@ MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numb
 class Where(NamedTuple):
     """Where queries and keys stand: int32 positions and segment ids of queries [B, L] and of keys [B, S], their
     branches, where documents have any, groups that see one another both ways (0: none), such as a picture's tokens, and
-    the squares that patches are in: there a window is one's own square.
+    the squares that patches are in: there a window is one's own square, whose patches stand together.
     """
 
     q_positions_BL: jax.Array
@@ -43,6 +43,10 @@ class Where(NamedTuple):
     def branched(self) -> bool:
         """Whether documents part into branches: positions are then no distances within the row."""
         return self.q_branches_BL is not None
+
+    def around(self, window: int | None) -> int | None:
+        """How far before and behind a query its keys are, where that is known: in its square."""
+        return None if self.q_squares_BL is None or window is None else window**2
 
     def part(self, queries: slice, keys: slice) -> "Where":
         """Where these queries and these keys stand."""
@@ -88,6 +92,9 @@ class Seen(NamedTuple):
     def branched(self) -> bool:
         """Features are no documents."""
         return False
+
+    def around(self, window: int | None) -> None:
+        """Nothing is known."""
 
     def part(self, queries: slice, keys: slice) -> "Seen":
         """What these queries see of these features."""
@@ -182,7 +189,8 @@ def _xla(
     L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     block = max(BLOCK, -(-L // MOST_BLOCKS))
     mesh = jax.sharding.get_abstract_mesh()
-    few = 2 * block >= L or (reach is None and L * S <= WHOLE)
+    around = where.around(scores.window)
+    few = 2 * block >= L or (reach is None and around is None and L * S <= WHOLE)
     if few or (not mesh.empty and mesh.shape["context"] > 1):
         return _products(q_BLNH, k_BSKH, v_BSKH, sinks_N, where, scores)
     products = jax.checkpoint(_products, static_argnums=5)
@@ -190,6 +198,8 @@ def _xla(
     for start in range(0, L, block):
         queries = slice(start, start + block)
         keys = slice(0, S) if reach is None else slice(max(0, start - reach + 1), start + block)
+        if around is not None:
+            keys = slice(max(0, start - around + 1), start + block + around - 1)
         near = where.part(queries, keys)
         out.append(products(q_BLNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], sinks_N, near, scores))
     return jnp.concatenate(out, axis=1)

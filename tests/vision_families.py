@@ -51,6 +51,7 @@ class Family(NamedTuple):
     groups: str = ""  # which tokens see one another both ways: of each of the "pictures", or of the "prefix"
     apart: bool = False  # pictures of rows stand on an axis of their own
     ratios: tuple[int, ...] = ()  # numbers of the pictures' aspect ratios, where the text looks at tiles of them
+    window: int = 0  # features a side of the tower's windows: patches come window by window
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of patches, where pictures have shapes of their own
 
 
@@ -170,6 +171,7 @@ FAMILIES = {
             fullatt_block_indexes=[1],
         ),
         0,
+        window=2,
         grids=GRIDS,
     ),
     "qwen3_vl": Family(
@@ -219,10 +221,33 @@ def rows(family: Family, *, pictures: bool) -> dict[str, np.ndarray]:
         looks = np.stack([mllama_seen(row == IMAGE) for row in tokens]) * segments[:, :, None]
         return given | {"pixels": pixels} | ({"looks": looks} if pictures else {})
     if family.grids:
+        if pictures and family.window:
+            numbers = windowed_numbers(family, numbers)
+            given["features"] = numbers
         own = np.split(np.array(family.grids), np.cumsum(PICTURES)[:-1])
         axes = [qwen_vl_axes(row == IMAGE, grids // 2) for row, grids in zip(tokens, own, strict=True)]
         return given | ({"axes": np.array(axes) * segments[:, :, None]} if pictures else {})
     return given | ({"groups": -(-numbers // family.features)} if family.groups else {})
+
+
+def in_windows(family: Family, rows: int, columns: int) -> list[tuple[int, int]]:
+    """Rows and columns of features in the order of their patches."""
+    cells = [divmod(n, columns) for n in range(rows * columns)]
+    side = family.window
+    return sorted(cells, key=lambda cell: (cell[0] // side, cell[1] // side)) if side else cells
+
+
+def windowed_numbers(family: Family, numbers: np.ndarray) -> np.ndarray:
+    """Numbers of features for tokens row by row, where their patches come window by window."""
+    found, grids = numbers.copy(), iter(family.grids)
+    for row, count in enumerate(PICTURES):
+        before = 0
+        for _, (h, w) in zip(range(count), grids, strict=False):
+            order = in_windows(family, h // 2, w // 2)
+            for n, (up, left) in enumerate(order):
+                found[row, numbers[row] == 1 + before + up * (w // 2) + left] = 1 + before + n
+            before += len(order)
+    return found
 
 
 def features_of(family: Family) -> list[int]:
@@ -275,10 +300,12 @@ def merged_images(family: Family, given: dict[str, np.ndarray]) -> Images:
     for row, count in enumerate(PICTURES):
         at = 0
         for n, (rows, columns) in zip(range(count), grids, strict=False):
-            for up, left, down, right in np.ndindex(rows // 2, columns // 2, 2, 2):
-                patches[row, at], segments[row, at] = next(taken), n + 1
-                places[row, at] = (2 * up + down, 2 * left + right)
-                at += 1
+            own = [next(taken) for _ in range(rows * columns)]  # cell by cell, those row by row
+            for up, left in in_windows(family, rows // 2, columns // 2):
+                for k, (down, right) in enumerate(np.ndindex(2, 2)):
+                    patches[row, at], segments[row, at] = own[4 * (up * (columns // 2) + left) + k], n + 1
+                    places[row, at] = (2 * up + down, 2 * left + right)
+                    at += 1
     found = Images(*map(jnp.asarray, (patches, segments, places, given["features"])))
     return found._replace(axes=jnp.asarray(given["axes"]))
 

@@ -25,10 +25,12 @@ _MERGED = 16  # merged patches that come together
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVl(Processor):
-    """As many features as the picture has squares of `merge` x `merge` patches; patches come square by square."""
+    """As many features as the picture has cells of `merge` x `merge` patches; patches come cell by cell, and where the
+    tower looks through windows of `window` x `window` cells, window by window."""
 
     patch: int
     merge: int
+    window: int  # 0: none
     fewest: int  # pixels
     most: int
 
@@ -46,11 +48,16 @@ class QwenVl(Processor):
             self.grid(image.size)  # refuses what is too narrow
         made = self.image(list(images), return_tensors="np")
         grids = [(int(h), int(w)) for _, h, w in made["image_grid_thw"]]
+        merged = tuple((h // self.merge, w // self.merge) for h, w in grids)
         places = np.concatenate([self._places(*each) for each in grids])
         segments = np.repeat(np.arange(1, len(grids) + 1, dtype=np.int32), [h * w for h, w in grids])
-        merged = tuple((h // self.merge, w // self.merge) for h, w in grids)
-        patches = np.asarray(made["pixel_values"], np.float32)
-        return Prepared(patches, segments, places, tuple(h * w for h, w in merged), merged)
+        patches, counts = np.asarray(made["pixel_values"], np.float32), tuple(h * w for h, w in merged)
+        if self.window:
+            before = np.cumsum([0, *counts])
+            cells = np.concatenate([n + by_window(*size, self.window) for n, size in zip(before, merged, strict=False)])
+            order = (cells[:, None] * self.merge**2 + np.arange(self.merge**2)).reshape(-1)
+            patches, places = patches[order], places[order]
+        return Prepared(patches, segments, places, counts, merged)
 
     def _places(self, rows: int, columns: int) -> np.ndarray:
         """Rows and columns of the patches in their order."""
@@ -62,7 +69,21 @@ class QwenVl(Processor):
         self, ids: np.ndarray, features: int, prepared: Prepared, *, prefix: int | None = None
     ) -> dict[str, np.ndarray]:
         numbers = feature_numbers(ids, self.feature_id, prepared, features)
+        if self.window and prepared.grids:
+            before = features + np.cumsum([0, *prepared.features])
+            each = [
+                1 + n + np.argsort(by_window(*size, self.window))
+                for n, size in zip(before, prepared.grids, strict=False)
+            ]
+            here = numbers > 0
+            numbers[here] = np.concatenate(each)[numbers[here] - 1 - features]
         return {"image_features": numbers, "axes": axes(ids == self.feature_id, prepared.grids)}
+
+
+def by_window(rows: int, columns: int, window: int) -> np.ndarray:
+    """The numbers of cells, row by row, in the order of windows: those of the first one, row by row, and so on."""
+    row, column = grid(rows, columns).T
+    return np.lexsort((column, row, column // window, row // window))
 
 
 def axes(pictured: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -127,6 +148,7 @@ def open(settings: Settings) -> QwenVl:
         facts=repr(("qwen_vl", image.to_dict())),
         patch=patch,
         merge=merge,
+        window=vision.get("window_size", 0) // merge // patch,
         fewest=fewest,
         most=most,
     )

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ from input_pipeline.images import decode
 from input_pipeline.pictures import Placeholders
 from input_pipeline.processors import open_processor
 from input_pipeline.processors.mllama import seen
-from input_pipeline.processors.qwen_vl import axes
+from input_pipeline.processors.qwen_vl import axes, by_window
 
 WHEEL = "scikit-image==0.26.0"  # 13.7 MB, BSD: photographs of its own
 PHOTOS = (
@@ -244,6 +245,30 @@ def test_positions_on_three_axes_are_hfs():
     expected, _ = model.get_rope_index(torch.tensor([ids]), types, image_grid_thw=thw)
     assert axes(np.asarray(ids) == 9, grids).T.tolist() == expected[:, 0].tolist()
     assert axes(np.zeros(4, bool), []).tolist() == [[n] * 3 for n in range(4)]
+
+
+def test_windows_of_a_picture_come_one_after_the_other():
+    # 3 x 5 cells in windows of 2 x 2:  0 1 | 2 3 | 4
+    #                                   5 6 | 7 8 | 9
+    #                                  10 11|12 13|14
+    assert by_window(3, 5, 2).tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+
+
+def test_a_picture_in_windows_is_the_same_picture_in_another_order(tmp_path, tokenizer_maker):
+    one = Case("qwen2_vl", tokenizer_maker, tmp_path)
+    windowed = replace(one.ours, window=2)
+    images = [Image.fromarray(np.random.default_rng(n).integers(0, 255, (56, 70, 3), np.uint8)) for n in range(2)]
+    plain, made = one.ours.prepare(images), windowed.prepare(images)
+    ids = np.array([5, *[one.ours.feature_id] * plain.features[0], 6, *[one.ours.feature_id] * plain.features[1], 7])
+    for array in ("patches", "places"):  # of the four patches of every token
+        found = []
+        for processor, prepared in ((one.ours, plain), (windowed, made)):
+            numbers = processor.token_arrays(ids, 3, prepared)["image_features"]
+            cells = getattr(prepared, array).reshape(sum(plain.features), 4, -1)
+            assert sorted(numbers[numbers > 0]) == list(range(4, 4 + len(cells)))
+            found.append(cells[numbers[numbers > 0] - 4])
+        np.testing.assert_array_equal(*found)
+    assert not np.array_equal(plain.places, made.places)
 
 
 @pytest.mark.parametrize("ids", [[1, 9, 2, 3], [9, 9, 1, 2, 9, 3], [1, 9, 2, 9, 9, 9, 1, 1], [1, 2], [9, 1, 9]])

@@ -64,6 +64,20 @@ def test_a_reach_as_long_as_the_longest_document_changes_no_value_and_no_gradien
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), grads, expected_grads)
 
 
+def test_windows_whose_patches_stand_together_are_computed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    squares = jnp.asarray(np.repeat(np.arange(24), np.resize([9, 6, 6, 4, 9], 24))[None, :160])
+    segments = jnp.where(jnp.arange(160) < 140, 1 + jnp.arange(160) // 70, 0)[None, :]
+    nowhere = jnp.zeros_like(segments)
+    where = Where(nowhere, nowhere, segments, segments, q_squares_BL=squares, k_squares_BS=squares)
+    qkv = [x[:1] for x in heads(160)]
+    run = jax.jit(lambda *qkv: attend(*qkv, where=where, scale=1.0, window=3))
+    whole, flops = run(*qkv), run.lower(*qkv).compile().cost_analysis()["flops"]
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    run = jax.jit(lambda *qkv: attend(*qkv, where=where, scale=1.0, window=3))
+    np.testing.assert_allclose(run(*qkv), whole, atol=2e-6)
+    assert run.lower(*qkv).compile().cost_analysis()["flops"] < 0.3 * flops
+
+
 def test_products_with_keys_out_of_reach_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 16)
     where, qkv = packed([[8] * 16] * B), heads(128)
