@@ -137,6 +137,34 @@ def trajectory(name: str, accumulation: int, kind: str) -> tuple[np.ndarray, Any
     return np.array(found), jax.device_get(state.params)
 
 
+def packed(alone: Host) -> Host:
+    """The rows of a batch [1, B, ...] two by two, as documents of rows twice as long."""
+    arrays = {name: array[0].reshape(ROWS // 2, 2, *array.shape[2:]).copy() for name, array in alone.items()}
+    arrays["segments"][:, 1] += 1
+    for name, before in (("image_features", 8), ("patch_segments", 2)):
+        second = arrays[name][:, 1]
+        arrays[name][:, 1] = np.where(second > 0, second + before, 0)
+    return {name: array.reshape(1, ROWS // 2, -1, *array.shape[3:]) for name, array in arrays.items()}
+
+
+def test_rows_with_pictures_packed_into_one_have_the_loss_and_the_gradients_that_they_have_alone():
+    params, loss = init_params(jax.random.key(0), CONFIG, dtype=jnp.float32), sft_loss(CONFIG, compute=Compute())
+    alone = batch(0, accumulation=1)
+    alone["weights"][..., -1] = 0  # a document's last token predicts nothing
+
+    @jax.jit
+    def total(params: Any, host: Host) -> jax.Array:
+        return loss(params, None, {name: array[0] for name, array in host.items()})[0].mean()
+
+    expected, gradients = jax.value_and_grad(total)(params, alone)
+    found, same = jax.value_and_grad(total)(params, packed(alone))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, gradients)
+    mixed = packed(alone)
+    mixed["image_features"] = np.where(mixed["image_features"] > 8, mixed["image_features"] - 8, mixed["image_features"])
+    assert abs(float(total(params, mixed)) - float(expected)) > 1e-3  # it does tell whose picture a row is given
+
+
 CUTS = [
     ("fsdp 4 × tensor 2", 2),
     *(pytest.param(mesh, n, marks=pytest.mark.slow) for mesh in list(MESHES)[1:] for n in (1, 2)),
