@@ -58,7 +58,7 @@ def write_model(folder: Path, parts: Parts, about: Described) -> None:
 
 
 def write_adapter(folder: Path, trained: Params, about: Described) -> None:
-    """Write an adapter and its tokenizer to `folder`, as peft and vLLM load it."""
+    """Write an adapter, its tokenizer and what prepares its pictures to `folder`, as peft and vLLM load it."""
     assert about.lora is not None
     base = Path(about.base).expanduser()
     adapters.save_adapter(
@@ -69,6 +69,7 @@ def write_adapter(folder: Path, trained: Params, about: Described) -> None:
         hf_config=about.hf_config,
         base=str(base.absolute()) if base.is_dir() else about.base,
         tokenizer=about.tokenizer,
+        processor=about.processor,
     )
 
 

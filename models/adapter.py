@@ -116,10 +116,12 @@ def save_adapter(
     hf_config: Mapping[str, Any],
     base: str,
     tokenizer: Any = None,
+    processor: Mapping[str, str] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes an adapter folder that peft and vLLM load. `base` names the model it belongs to; `fields` is the
-    adapter_config.json of a folder that this adapter came from, kept as it is.
+    """Writes an adapter folder that peft and vLLM load. `base` names the model it belongs to; `processor` are the files
+    that say how its pictures are prepared, by name; `fields` is the adapter_config.json of a folder that this adapter
+    came from, kept as it is.
 
     Every process calls this and the first one writes; adapter_config.json appears last.
     """
@@ -143,6 +145,8 @@ def save_adapter(
     write_tensors(part / TENSORS, {name: specs[name] for name in order}, tensor, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
+    for name, text in (processor or {}).items():
+        (part / name).write_text(text, encoding="utf-8")
     described = fields or describe(lora, config, hf_config, base=base)
     (part / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True), encoding="utf-8")
     (folder / CONFIG).unlink(missing_ok=True)

@@ -107,6 +107,45 @@ def test_a_picture_is_asked_about_from_the_command_line(trained, coloured_rows):
     )
 
 
+@pytest.fixture(scope="module")
+def adapted(trained, tiny_seeing_model, tmp_path_factory) -> tuple[Path, Path]:
+    """A model with a processor as transformers writes it, and the folder of an adapter trained beside it."""
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+
+    folder = tmp_path_factory.mktemp("adapted")
+    shutil.copytree(tiny_seeing_model, folder / "model")
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil.from_pretrained(tiny_seeing_model),
+        tokenizer=AutoTokenizer.from_pretrained(tiny_seeing_model),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder / "model")
+    says = yaml.safe_load(trained[0].read_text())
+    says["model"] = {"model_name": str(folder / "model")}
+    says["peft"] = {"lora_r": 4, "lora_target_modules": ["all-linear"]}
+    says["data"]["train"]["datasets"][0]["dataset_kwargs"] = {}
+    (folder / "lora.yaml").write_text(yaml.safe_dump(says))
+    run(folder / "out", folder / "lora.yaml", max_steps=4, save_steps=2, use_peft="true")
+    return folder / "model", folder / "out"
+
+
+@pytest.mark.filterwarnings("ignore")  # torchvision is not there
+def test_beside_an_adapter_lies_what_prepares_its_pictures(adapted, coloured_rows):
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    model, folder = adapted
+    picture = Image.open(coloured_rows.parent / "0-0.png")
+    of_model, of_adapter = (
+        AutoProcessor.from_pretrained(place)(images=[picture], text="<image>What?", return_tensors="np")
+        for place in (model, folder)
+    )
+    assert of_adapter.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    for name, array in of_adapter.items():
+        np.testing.assert_array_equal(array, of_model[name])
+
+
 OWN_ANSWERS = """
 model:
   model_name: "{model}"
