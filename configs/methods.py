@@ -266,7 +266,8 @@ PEFT: Table = {
     "lora_target_modules": Key(
         None,
         list,
-        "ends of names of modules that get an adapter, as peft has them; null: queries and values",
+        "ends of names of modules that get an adapter, as peft has them, in a vision tower too, but none that "
+        "model.freeze_layers names; null: queries and values of the text model",
         words=("all-linear",),
     ),
     "lora_target_modules_regex": Key(False, bool, "lora_target_modules are regular expressions of whole names"),

@@ -65,9 +65,11 @@ def what_trains(
             raise ValueError(f"model.freeze_layers: nothing but {', '.join(freeze)} is there; leave something to train")
         return None, leaves - frozen
     if adapter is None:
-        lora = _new_adapter(config.peft, names)
+        lora = _new_adapter(config.peft, names, frozen)
     else:
         lora = adapters.read_settings(adapter, decoder, hf_config)
+        if both := _frozen_too(lora, frozen):
+            raise ValueError(f"not implemented yet: model.freeze_layers of an adapter on {both[0]}, which is trained on")
         log.info("training goes on with %s, as its %s says; section peft is not read", adapter, adapters.CONFIG)
     if decoder.tied_head and "embed/embedding" in lora.whole:
         raise ValueError("not implemented yet: peft.lora_modules_to_save: an embedding that is the output head too")
@@ -82,17 +84,27 @@ def quantisation(config: ConfigDict) -> str | None:
     return "int8" if peft.q_lora_bits == 8 else peft.bnb_4bit_quant_type
 
 
-def _new_adapter(peft: ConfigDict, names: Names) -> Lora:
+def _frozen_too(lora: Lora, frozen: frozenset[str]) -> list[str]:
+    """What an adapter changes of the model's leaves that are frozen."""
+    return sorted({*lora.whole, *(f"{module}/kernel" for module in lora.modules)} & frozen)
+
+
+def _new_adapter(peft: ConfigDict, names: Names, frozen: frozenset[str]) -> Lora:
     whole = whole_leaves(names, peft.lora_modules_to_save or ())
+    if both := frozen & set(whole):
+        raise ValueError(f"peft.lora_modules_to_save: {min(both)} is frozen by model.freeze_layers; change one of them")
     modules = target_modules(
         names,
         peft.lora_target_modules,
         exclude=peft.lora_exclude_modules or (),
         patterns=peft.lora_target_modules_regex,
     )
-    modules = tuple(module for module in modules if f"{module}/kernel" not in whole)
+    modules = tuple(module for module in modules if f"{module}/kernel" not in frozen.union(whole))
     if not modules:
-        raise ValueError("peft.lora_target_modules: no module is left for an adapter; name some, or set all-linear")
+        raise ValueError(
+            "peft.lora_target_modules: no module is left for an adapter; name some that model.freeze_layers does not, "
+            "or set all-linear"
+        )
     assert (peft.lora_bias, peft.lora_task_type) == ("none", "CAUSAL_LM"), "the schema takes nothing else yet"
     return Lora(
         rank=peft.lora_r,

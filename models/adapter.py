@@ -17,7 +17,7 @@ import numpy as np
 
 from models.config import DecoderConfig
 from models.decoder import Params, abstract_params
-from models.families import AsStored, table_of
+from models.families import AsStored, Table, table_of
 from models.lora import MAGNITUDE, A, B, Lora, abstract_adapter, fused, is_adapter, merged
 from models.safetensors_file import Spec, Stored, read_header, write_tensors
 from models.selection import Names, names_of, short_names
@@ -60,7 +60,7 @@ def read_settings(folder: Path, config: DecoderConfig, hf_config: Mapping[str, A
     """What an adapter folder says of its adapter, held against the model; ValueError names what does not fit it, and
     what this port does not compute.
     """
-    fields, stored = _fields(folder), read_header(_file(folder))
+    fields, stored = _fields(folder), _stored(folder, table_of(hf_config))
     _refuse_unknown(folder, fields)
     names = names_of(config, hf_config)
     modules = {path: [f"{PREFIX}{module}{SUFFIX[A]}" for module in each] for path, each in names.modules.items()}
@@ -90,7 +90,7 @@ def load_adapter(
     dtype: Any,
 ) -> Params:
     """The parameters of an adapter folder on the mesh: the adapter in float32, modules trained whole in `dtype`."""
-    stored, places = read_header(_file(folder)), places_of(lora, config, hf_config)
+    stored, places = _stored(folder, table_of(hf_config)), places_of(lora, config, hf_config)
     leaves = paths(abstract_trained(lora, config, dtype=dtype))
     shardings = paths(parameter_shardings(nested(leaves), mesh))
     return nested(read_leaves(leaves, stored, places, shardings=shardings))
@@ -191,10 +191,12 @@ def places_of(lora: Lora, config: DecoderConfig, hf_config: Mapping[str, Any]) -
         if is_adapter(path):
             module, kind = path.rsplit("/", 1)
             tensors = tuple(f"{PREFIX}{name}{SUFFIX[kind]}" for name in names.modules[module])
-            places[path] = Place((len(tensors),), tensors, leaf.shape[:0:-1], transposed=kind != MAGNITUDE)
+            one = len(leaf.shape) - (1 if kind == MAGNITUDE else 2)  # the axes before are spread over tensors
+            spread, shape = leaf.shape[:one], leaf.shape[one:]
+            places[path] = Place(spread, tensors, shape[::-1], transposed=kind != MAGNITUDE)
         else:
             place = find_place(path, leaf.shape, table[path])
-            places[path] = place._replace(names=tuple(PREFIX + name for name in place.names))
+            places[path] = place._replace(names=tuple(PREFIX + name for name in names.tensors[path]))
     return places
 
 
@@ -205,6 +207,15 @@ def _whole_modules(names: Names, whole: tuple[str, ...]) -> list[str]:
 
 def _fields(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def _stored(folder: Path, table: Table) -> dict[str, Stored]:
+    """The tensors of an adapter by the names that peft gives them now, whatever older versions called the modules."""
+    found = {}
+    for name, tensor in read_header(_file(folder)).items():
+        inner = name.removeprefix(PREFIX)
+        found[PREFIX + table.name_loaded(table.name_of(inner)) if inner != name else name] = tensor
+    return found
 
 
 def _file(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 B rows, L tokens, D inputs, F outputs, R the rank of an adapter.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -67,6 +68,15 @@ class Linear(nnx.Module):
         factor_F = (self.lora_magnitude[...] / norms_F)[None, None, :]
         seen_BLF = out_BLF if seen_BLD is x_BLD else matrix_product(seen_BLD, self._kernel(x_BLD.dtype))
         return out_BLF + (factor_F - 1) * seen_BLF + factor_F * change_BLF
+
+
+def linear(layer: Mapping[str, jax.Array], x_BLD: jax.Array, lora: Lora | None) -> jax.Array:
+    """The product of a linear layer that stands alone, given as its leaves by name, an adapter's among them."""
+    kernel_DF = layer["kernel"]
+    module = nnx.eval_shape(lambda: Linear(*kernel_DF.shape, bias="bias" in layer))
+    for name, leaf in layer.items():
+        setattr(module, name, nnx.Param(leaf))
+    return module(x_BLD, lora)
 
 
 def matrix_product(x_BLD: jax.Array, kernel_DF: jax.Array, **options: Any) -> jax.Array:

@@ -1,6 +1,6 @@
 """Low-rank adapters: what they are, how they begin, and how they join the model they belong to.
 
-n layers, D inputs, F outputs, R rank of the adapter.
+n layers, D inputs, F outputs, R rank of the adapter. A projector's linear layers stand alone: theirs are without n.
 
 An adapter is a parameter tree of its own, with leaves beside those kernels that it adapts:
 
@@ -78,8 +78,8 @@ def abstract_adapter(model: Params, lora: Lora) -> Params:
     """The adapter's leaves as `jax.ShapeDtypeStruct`s, beside the kernels in `model`; float32, as peft keeps them."""
     kernels, leaves = paths(model), dict[str, Any]()
     for module in lora.modules:
-        n, D, F = kernels[f"{module}/kernel"].shape
-        shapes = {A: (n, D, lora.rank), B: (n, lora.rank, F)} | ({MAGNITUDE: (n, F)} if lora.dora else {})
+        *n, D, F = kernels[f"{module}/kernel"].shape
+        shapes = {A: (*n, D, lora.rank), B: (*n, lora.rank, F)} | ({MAGNITUDE: (*n, F)} if lora.dora else {})
         leaves |= {f"{module}/{name}": jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     return nested(leaves)
 
@@ -92,7 +92,7 @@ def init_adapter(key: jax.Array, model: Params, lora: Lora) -> Params:
         if name == MAGNITUDE:
             continue
         own = jax.random.fold_in(key, int.from_bytes(path.encode(), "little") % (2**31 - 1))
-        fan_in = leaf.shape[1]
+        fan_in = leaf.shape[-2]
         if name == B and lora.init != "random":
             leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
         elif lora.init == "gaussian":
@@ -115,15 +115,16 @@ def column_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
 
 def fused(params: Params, lora: Lora) -> Params:
     """The model without its adapter that computes the same: each adapted kernel becomes `W + s A B`, of DoRA
-    `m / |W + s A B|` times that, computed in float32 and kept in the kernel's own dtype.
+    `m / |W + s A B|` times that, computed in float32 and kept in the kernel's own dtype. `params` may be a part of the
+    model.
     """
     leaves = paths(params)
-    for module in lora.modules:
+    for module in (module for module in lora.modules if module.split("/")[0] in params):
         kernel, a, b = (leaves[f"{module}/{name}"] for name in ("kernel", A, B))
         wide = kernel.astype(jnp.float32) + lora.scale * (a.astype(jnp.float32) @ b.astype(jnp.float32))
         if lora.dora:
             norms = jnp.sqrt(jnp.sum(jnp.square(wide), axis=-2))
-            wide *= (leaves[f"{module}/{MAGNITUDE}"] / norms)[:, None, :]
+            wide *= (leaves[f"{module}/{MAGNITUDE}"] / norms)[..., None, :]
         leaves[f"{module}/kernel"] = wide.astype(kernel.dtype)
     return nested({path: leaf for path, leaf in leaves.items() if not is_adapter(path)})
 
@@ -137,8 +138,8 @@ def with_dropout(params: Params, lora: Lora, key: jax.Array) -> Params:
     """`params` with a key for each layer of each adapted module, from which `Linear` draws what it drops."""
     leaves = paths(params)
     for number, module in enumerate(lora.modules):
-        n = leaves[f"{module}/{A}"].shape[0]
-        leaves[f"{module}/{DROPOUT_KEY}"] = jax.random.key_data(jax.random.split(jax.random.fold_in(key, number), n))
+        n, own = leaves[f"{module}/{A}"].shape[:-2], jax.random.fold_in(key, number)
+        leaves[f"{module}/{DROPOUT_KEY}"] = jax.random.key_data(jax.random.split(own, n) if n else own)
     return nested(leaves)
 
 

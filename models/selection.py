@@ -1,8 +1,8 @@
 """Which leaves a name of Hugging Face means: the targets of an adapter, modules trained whole, layers that are frozen.
 
-The family's `WEIGHTS` says how each leaf is called there: the module of `model.layers.{i}.self_attn.q_proj.weight` is
-that without `.weight`. Our leaves hold all layers, so a name that means some layers only means a part of a leaf, which
-nothing here can select.
+The family's table says how each leaf is called in a loaded model: the module of
+`model.layers.{i}.self_attn.q_proj.weight` is that without `.weight`. Our leaves hold all layers, so a name that means
+some layers only means a part of a leaf, which nothing here can select.
 """
 
 import difflib
@@ -37,9 +37,9 @@ PARTS: dict[str, Callable[[str], bool]] = {
 
 
 class Names(NamedTuple):
-    """What Hugging Face calls a model's leaves: path → one name for each layer (or one in all).
+    """What a model that transformers has loaded calls its leaves: path → one name for each layer (or one in all).
 
-    `modules` are the linear layers of the blocks, by path without `/kernel`, which an adapter can stand beside;
+    `modules` are the linear layers but the output head, by path without `/kernel`, which an adapter can stand beside;
     `tensors` all leaves.
     """
 
@@ -50,11 +50,14 @@ class Names(NamedTuple):
 
 def names_of(config: DecoderConfig, hf_config: Mapping[str, Any]) -> Names:
     """The names of a model's leaves, by its family's table."""
-    table = table_of(hf_config).names
-    leaves = paths(abstract_params(config, dtype=jnp.float32))
-    tensors = {path: find_place(path, leaf.shape, table[path]).names for path, leaf in leaves.items()}
+    table = table_of(hf_config)
+    tensors = {}
+    for path, leaf in paths(abstract_params(config, dtype=jnp.float32)).items():
+        stored = find_place(path, leaf.shape, table.names[path]).names
+        tensors[path] = tuple(map(table.name_loaded, stored))
     modules = {
-        path: tuple(name.rpartition(".")[0] for name in tensors[f"{path}/kernel"]) for path in linear_layers(config)
+        path: tuple(name.removesuffix(".weight") for name in tensors[f"{path}/kernel"])
+        for path in (*linear_layers(config), *_of_pictures(tensors))
     }
     usual = [path for path in modules if re.fullmatch(r"layers/attention/(q|v|qkv)", path)]
     if wanted := DEFAULT_TARGETS.get(hf_config["model_type"]):
@@ -72,6 +75,13 @@ def linear_layers(config: DecoderConfig) -> tuple[str, ...]:
     return tuple(sorted(f"layers/{path}" for path in found if path != "moe/router"))
 
 
+def _of_pictures(tensors: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The paths of the linear layers of a tower, and of the projector behind it: what is no `.weight` is no layer."""
+    kernel = re.compile(r"((?:\w+/)+layers/(?:attention|mlp)/\w+|projector/\w+)/kernel")
+    found = [match for path in tensors if (match := kernel.fullmatch(path))]
+    return sorted(match[1] for match in found if all(name.endswith(".weight") for name in tensors[match[0]]))
+
+
 def target_modules(
     names: Names, targets: Sequence[str] | str | None, *, exclude: Sequence[str] = (), patterns: bool = False
 ) -> tuple[str, ...]:
@@ -81,6 +91,13 @@ def target_modules(
     of whole names; "all-linear" all linear layers but the output head; None the family's usual ones. `exclude` are
     regular expressions of whole names.
     """
+    excluded, without = set[str](), set[str]()
+    for pattern in exclude:
+        matches = _compiled(pattern, "peft.lora_exclude_modules").fullmatch
+        if not (hit := set(filter(matches, _every_module(names)))):
+            raise ValueError(f"peft.lora_exclude_modules: {pattern!r} matches no module of this model")
+        without |= hit
+        excluded |= _of_all_layers(names.modules, matches, pattern)
     if targets is None:
         chosen = set(names.default)
     elif targets == ALL_LINEAR or list(targets) == [ALL_LINEAR]:
@@ -88,25 +105,23 @@ def target_modules(
     else:
         chosen = set()
         for target in targets:
-            chosen |= _modules_called(names, target, patterns=patterns)
-    for pattern in exclude:
-        matches = _compiled(pattern, "peft.lora_exclude_modules").fullmatch
-        if not any(map(matches, _every_module(names))):
-            raise ValueError(f"peft.lora_exclude_modules: {pattern!r} matches no module of this model")
-        chosen -= _of_all_layers(names.modules, matches, pattern)
-    return tuple(sorted(chosen))
+            chosen |= _modules_called(names, target, patterns=patterns, without=without)
+    return tuple(sorted(chosen - excluded))
 
 
-def _modules_called(names: Names, target: str, *, patterns: bool) -> set[str]:
+def _modules_called(names: Names, target: str, *, patterns: bool, without: Collection[str]) -> set[str]:
     key = "peft.lora_target_modules"
     matches = _compiled(target, key).fullmatch if patterns else _is_end(target)
-    if found := _of_all_layers(names.modules, matches, target):
-        return found
-    if hit := sorted(filter(matches, _every_module(names))):
+    found = _of_all_layers(names.modules, matches, target)
+    own = {name.removesuffix(".weight") for name in _flat(names.tensors) if name.endswith(".weight")}
+    other = own - _flat(names.modules) - set(without)
+    if hit := sorted(filter(matches, other if found else _every_module(names))):
         raise ValueError(
-            f"not implemented yet: {key}: an adapter on {hit[0]}, which is no linear layer of a block; "
-            "peft.lora_modules_to_save can train it whole"
+            f"not implemented yet: {key}: an adapter on {hit[0]}, which is no linear layer; "
+            "peft.lora_modules_to_save can train it whole, and peft.lora_exclude_modules leave it out"
         )
+    if found:
+        return found
     raise ValueError(
         f"{key}: {target!r} is no module of this model{_nearest(target, map(_last, _flat(names.modules)))}"
     )
@@ -150,15 +165,17 @@ def frozen_leaves(names: Names, layers: Sequence[str]) -> frozenset[str]:
 
 
 def short_names(names: Names, modules: Collection[str]) -> list[str]:
-    """Ends of module names that mean these paths and no others: `q_proj`, or more of it where that is not enough."""
+    """Ends of module names that mean these paths and no others: `q_proj`, or more of it where that is not enough, or
+    whole names of all layers where a part of the model has a module that is called the same, and no adapter.
+    """
+    every, adapted = _every_module(names), {name for path in modules for name in names.modules[path]}
     short: set[str] = set()
     for path in modules:
+        own = set(names.modules[path])
         words = names.modules[path][0].split(".")
-        for length in range(1, len(words)):
-            end = ".".join(words[-length:])
-            if {other for other, each in names.modules.items() if _is_end(end)(each[0])} <= set(modules):
-                short.add(end)
-                break
+        ends = (".".join(words[-length:]) for length in range(1, len(words)))
+        meant = ((end, set(filter(_is_end(end), every))) for end in ends)
+        short |= next(({end} for end, found in meant if own <= found <= adapted), own)
     return sorted(short)
 
 

@@ -19,7 +19,8 @@ from models.activations import ACTIVATIONS
 from models.attention import Where
 from models.config import Compute, DecoderConfig, Layer
 from models.layers import Road, normed
-from models.linear import matrix_product
+from models.linear import linear, matrix_product
+from models.lora import Lora
 from models.sharding import ROWS, constrain
 from models.stack import Params, block_of, cast, through
 
@@ -234,10 +235,10 @@ def image_features(params: Params, vision: Vision, images: Images, compute: Comp
     """
     B, projector = images.patches.shape[0], cast(params["projector"], compute.dtype)
     outputs_TPE, deep = tower_outputs(params, vision, images, compute)
-    found = [PROJECTORS[vision.projector].project(projector, vision, outputs_TPE)]
+    found = [PROJECTORS[vision.projector].project(projector, vision, outputs_TPE, compute.lora)]
     for number, out_TPE in enumerate(deep):
         one = jax.tree.map(lambda leaf, number=number: leaf[number], projector["layers"])
-        found.append(_merged_before(one, vision, out_TPE))
+        found.append(_merged_before(one, vision, out_TPE, compute.lora))
     return [constrain(each.reshape(B, -1, each.shape[-1]), ROWS, None, None) for each in found]
 
 
@@ -339,11 +340,11 @@ def _outputs(
 
 class Projector(NamedTuple):
     """What leads from a tower's outputs to the text model: the shapes of its leaves by path, for a text model of some
-    width; and the features [T, f, D] of outputs [T, p, E].
+    width; and the features [T, f, D] of outputs [T, p, E], with how an adapter acts.
     """
 
     shapes: Callable[[Vision, int], Shapes]
-    project: Callable[[Params, Vision, jax.Array], jax.Array]
+    project: Callable[[Params, Vision, jax.Array, Lora | None], jax.Array]
 
 
 def _mlp_shapes(vision: Vision, width: int) -> Shapes:
@@ -351,21 +352,16 @@ def _mlp_shapes(vision: Vision, width: int) -> Shapes:
     return shapes | ({"up/bias": (width,), "down/bias": (width,)} if vision.projector_bias else {})
 
 
-def _mlp(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+def _mlp(projector: Params, vision: Vision, x_TPE: jax.Array, lora: Lora | None) -> jax.Array:
     """Each output by itself, `down(act(up(x)))` (arXiv:2310.03744)."""
-    return _linear(projector["down"], ACTIVATIONS[vision.activation](_linear(projector["up"], x_TPE)))
-
-
-def _linear(layer: Params, x: jax.Array) -> jax.Array:
-    out = matrix_product(x, layer["kernel"])
-    return out + layer["bias"][None, None, :] if "bias" in layer else out
+    return linear(projector["down"], ACTIVATIONS[vision.activation](linear(projector["up"], x_TPE, lora)), lora)
 
 
 def _pooled_shapes(vision: Vision, width: int) -> Shapes:
     return {"norm/scale": (vision.width,), "up/kernel": (vision.width, width)}
 
 
-def _pooled(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+def _pooled(projector: Params, vision: Vision, x_TPE: jax.Array, lora: Lora | None) -> jax.Array:
     """Squares of patches averaged, normed as Gemma norms, and projected."""
     side = vision.columns // vision.pooled
     x = x_TPE.reshape(-1, vision.pooled, side, vision.pooled, side, x_TPE.shape[-1]).mean(axis=(2, 4))
@@ -379,21 +375,21 @@ def _linear_shapes(vision: Vision, width: int) -> Shapes:
     return {"up/kernel": (vision.width, width)} | bias
 
 
-def _alone(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+def _alone(projector: Params, vision: Vision, x_TPE: jax.Array, lora: Lora | None) -> jax.Array:
     """Each output by itself, through one linear layer."""
-    return _linear(projector["up"], x_TPE)
+    return linear(projector["up"], x_TPE, lora)
 
 
 def _joined_shapes(vision: Vision, width: int) -> Shapes:
     return {"up/kernel": (vision.width * vision.pooled**2, width)}
 
 
-def _joined(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+def _joined(projector: Params, vision: Vision, x_TPE: jax.Array, lora: Lora | None) -> jax.Array:
     """Squares of neighbouring patches side by side, through one linear layer (arXiv:2408.12637, section 2)."""
     side, E = vision.pooled, x_TPE.shape[-1]
     few = vision.columns // side
     x = x_TPE.reshape(-1, few, side, few, side, E).transpose(0, 1, 3, 2, 4, 5)
-    return _linear(projector["up"], x.reshape(-1, few * few, side * side * E))
+    return linear(projector["up"], x.reshape(-1, few * few, side * side * E), lora)
 
 
 def _merged_shapes(vision: Vision, width: int) -> Shapes:
@@ -403,20 +399,20 @@ def _merged_shapes(vision: Vision, width: int) -> Shapes:
     return shapes | ({"norm/bias": (E,)} if vision.layers.norm_bias else {})
 
 
-def _merged(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+def _merged(projector: Params, vision: Vision, x_TPE: jax.Array, lora: Lora | None) -> jax.Array:
     """Patches that follow one another normed, side by side, and through an MLP (arXiv:2409.12191, section 2.1)."""
     x_TPE = normed(x_TPE, projector["norm"]["scale"], projector["norm"].get("bias"), vision.layers)
     T, P, E = x_TPE.shape
     side_by_side = x_TPE.reshape(T, P // vision.pooled**2, vision.pooled**2 * E)
-    return _mlp(projector, vision, side_by_side)
+    return _mlp(projector, vision, side_by_side, lora)
 
 
-def _merged_before(projector: Params, vision: Vision, x_TPE: jax.Array) -> jax.Array:
+def _merged_before(projector: Params, vision: Vision, x_TPE: jax.Array, lora: Lora | None) -> jax.Array:
     """As `_merged`, but normed when they are side by side."""
     T, P, E = x_TPE.shape
     side_by_side = x_TPE.reshape(T, P // vision.pooled**2, vision.pooled**2 * E)
-    norm = projector["norm"]
-    return _mlp(projector["mlp"], vision, normed(side_by_side, norm["scale"], norm["bias"], vision.layers))
+    x_TFE = normed(side_by_side, projector["norm"]["scale"], projector["norm"]["bias"], vision.layers)
+    return _mlp(projector["mlp"], vision, x_TFE, lora)
 
 
 PROJECTORS = {

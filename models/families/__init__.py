@@ -159,18 +159,28 @@ def family_for(hf_config: Mapping[str, Any]) -> ModuleType:
 
 class Table(NamedTuple):
     """How a checkpoint calls its tensors: path in our tree → name, patterns of names that carry nothing, and what other
-    files call them instead, as pairs of a pattern and its replacement, applied in order.
+    files call them instead, as pairs of a pattern and its replacement, applied in order; `loaded` are such pairs from
+    the table's names to those that the model has once transformers has loaded it, which are peft's.
     """
 
     names: Mapping[str, str]
     ignored: Sequence[str]
     renamed: Sequence[tuple[str, str]] = ()
+    loaded: Sequence[tuple[str, str]] = ()
 
     def name_of(self, stored: str) -> str:
         """What this table calls a tensor that a file calls `stored`."""
-        for pattern, replacement in self.renamed:
-            stored = re.sub(pattern, replacement, stored)
-        return stored
+        return _replaced(stored, self.renamed)
+
+    def name_loaded(self, name: str) -> str:
+        """What the loaded model calls a tensor of this table."""
+        return _replaced(name, self.loaded)
+
+
+def _replaced(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def table_of(hf_config: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 from models import towers
 from models.config import DecoderConfig
 from models.families import AsStored, Fields, Table, decoder_config, prefixed, table_of
-from models.families.llava import RENAMED
+from models.families.llava import LOADED, RENAMED
 from models.vision import Vision
 
 PROJECTOR = {
@@ -39,4 +39,4 @@ def table(hf_config: Mapping[str, Any]) -> Table:
     fields = Fields(hf_config)
     text = prefixed(table_of(fields.nested("text_config")), "language_model.")
     names = {path: type(name)(f"vision_tower.{name}") for path, name in towers.SIGLIP.items()}
-    return Table({**text.names, **names, **PROJECTOR}, text.ignored, RENAMED)
+    return Table({**text.names, **names, **PROJECTOR}, text.ignored, RENAMED, LOADED)

@@ -21,6 +21,11 @@ RENAMED = (  # what older files, and newer models in memory, call a tensor
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
+LOADED = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|vision_model|multi_modal_projector)\.", r"model.\1."),
+)
 
 
 def config(fields: Fields) -> DecoderConfig:
@@ -52,4 +57,4 @@ def table(hf_config: Mapping[str, Any]) -> Table:
     tower = towers.WEIGHTS[fields.inside("vision_config")["model_type"]]
     names = {path: type(name)(f"vision_tower.{name}") for path, name in tower.items()}
     ignored = (*text.ignored, r"vision_tower\.embeddings\.position_ids", r"vision_tower\.head\..*")
-    return Table({**text.names, **names, **PROJECTOR}, ignored, RENAMED)
+    return Table({**text.names, **names, **PROJECTOR}, ignored, RENAMED, LOADED)

@@ -26,6 +26,7 @@ RENAMED = (  # what newer models in memory call a tensor
     (r"^model\.visual\.", "visual."),
     (r"^model\.language_model\.", "model."),
 )
+LOADED = ((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual."))
 
 
 def config(fields: Fields) -> DecoderConfig:
@@ -86,4 +87,4 @@ def table(hf_config: Mapping[str, Any]) -> Table:
     """Qwen 2's own table, and the tower's."""
     tower = QWEN2_5_VL if hf_config["model_type"] == "qwen2_5_vl" else QWEN2_VL
     names = {path: type(name)(f"visual.{name}") for path, name in tower.items()}
-    return Table({**qwen2.WEIGHTS, **names, **PROJECTOR}, qwen2.IGNORED, RENAMED)
+    return Table({**qwen2.WEIGHTS, **names, **PROJECTOR}, qwen2.IGNORED, RENAMED, LOADED)
