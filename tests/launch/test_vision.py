@@ -13,6 +13,9 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import LlavaForConditionalGeneration
 
+from configs.load import load
+from launch.adapt import what_trains
+from models.families import decoder_config
 from tests.launch.test_end_to_end import einkorn
 
 # As documented, but for the paths.
@@ -123,7 +126,7 @@ def adapted(trained, tiny_seeing_model, tmp_path_factory) -> tuple[Path, Path]:
     ).save_pretrained(folder / "model")
     says = yaml.safe_load(trained[0].read_text())
     says["model"] = {"model_name": str(folder / "model")}
-    says["peft"] = {"lora_r": 4, "lora_target_modules": ["all-linear"]}
+    says["peft"] = {"lora_r": 4, "lora_dropout": 0.1, "lora_target_modules": ["all-linear"]}
     says["data"]["train"]["datasets"][0]["dataset_kwargs"] = {}
     (folder / "lora.yaml").write_text(yaml.safe_dump(says))
     run(folder / "out", folder / "lora.yaml", max_steps=4, save_steps=2, use_peft="true")
@@ -144,6 +147,44 @@ def test_beside_an_adapter_lies_what_prepares_its_pictures(adapted, coloured_row
     assert of_adapter.keys() == {"input_ids", "attention_mask", "pixel_values"}
     for name, array in of_adapter.items():
         np.testing.assert_array_equal(array, of_model[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_an_adapter_beside_the_tower_learns_and_peft_has_the_same_model(adapted, tmp_path):
+    from peft import PeftModel
+
+    model, folder = adapted
+    assert losses(folder)[-1] < losses(folder)[0]
+    beside = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(model), folder)
+    moved = {name: bool(value.abs().max() > 0) for name, value in beside.named_parameters() if "lora_B" in name}
+    assert len(moved) == 3 * 6 + 2 + 2 * 7
+    assert {name for name in moved if not moved[name]} == {name for name in moved if "tower.encoder.layers.2" in name}
+    done = einkorn("export", str(folder / "checkpoint-4"), str(tmp_path / "whole"), "--merge")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole").state_dict()
+    for name, tensor in beside.merge_and_unload().state_dict().items():
+        np.testing.assert_allclose(whole[name].numpy(), tensor.numpy(), atol=1e-6, err_msg=name)
+
+
+FROZEN = {
+    ("vision_encoder",): {"layers", "projector"},
+    ("model.vision_tower", "multi_modal_projector"): {"layers"},
+    ("language_model",): {"vision", "projector"},
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_what_is_frozen_gets_no_adapter(adapted, frozen):
+    model, folder = adapted
+    config = load(str(folder.parent / "lora.yaml"), [f"--model.freeze_layers={list(frozen)}"]).config
+    hf_config = json.loads((model / "config.json").read_text())
+    decoder = decoder_config(hf_config)
+    config.training.use_peft = True
+    lora, own = what_trains(config, decoder, hf_config, adapter=None)
+    assert {module.split("/")[0] for module in lora.modules} == FROZEN[frozen]
+    assert own == set()
+    with pytest.raises(ValueError, match="model.freeze_layers of an adapter on .*, which is trained on"):
+        what_trains(config, decoder, hf_config, adapter=folder)
 
 
 OWN_ANSWERS = """
