@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import time
@@ -40,6 +41,7 @@ from launch.samples import sample_answers
 from models.decoder import Params
 from models.lora import Parts, merged
 from models.sharding import replicas
+from models.vision import computed
 from models.weights import processor_files
 from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
@@ -258,6 +260,7 @@ def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callabl
         eps=training.adam_epsilon,
         momentum=training.sgd_momentum,
         decayed=(lambda path: True) if says.decays_all else None,
+        computed=None if model.config.vision is None else functools.partial(computed, model.config.vision),
     )
     parts = assemble.abstract_parts(model)
     return build_step(

@@ -338,6 +338,17 @@ def _outputs(
     return [outputs[take] for take in takes]
 
 
+def computed(vision: Vision, path: str) -> int | None:
+    """How many of a leaf's layers lead to a feature, from the first on: 0 of a norm that nothing is read from, None
+    where it is all there is. What leads to none has no gradient, and nothing to learn.
+    """
+    if vision.takes is None:
+        return None
+    if path.startswith("vision/layers/"):
+        return max(vision.takes) if max(vision.takes) < vision.layers.layers else None
+    return 0 if path.startswith("vision/norm/") else None
+
+
 class Projector(NamedTuple):
     """What leads from a tower's outputs to the text model: the shapes of its leaves by path, for a text model of some
     width; and the features [T, f, D] of outputs [T, p, E], with how an adapter acts.

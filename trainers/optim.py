@@ -62,16 +62,19 @@ def build(
     eps: float,
     momentum: float,
     decayed: Callable[[str], bool] | None = None,
+    computed: Callable[[str], int | None] | None = None,
 ) -> Optimizer:
     """Returns the optimizer that `training.optimizer` names.
 
     `schedule` gives the learning rate from the step; `betas` and `eps` are Adam's and Lion's, `momentum` SGD's.
-    `decayed` says of a path whether weight decay applies; without it, `hf_decayed`.
+    `decayed` says of a path whether weight decay applies; without it, `hf_decayed`. `computed` says of a path how many
+    of its layers a loss depends on, None for all: the others stay as they are, as torch leaves what has no gradient.
     A name with a colon is a function of the user's: see `_users`. Raises ValueError for an unknown name.
     """
-    decayed = decayed or hf_decayed
+    decayed, computed = decayed or hf_decayed, computed or (lambda path: None)
     if ":" in name:
-        return _users(name, schedule, decayed, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
+        hyper = {"weight_decay": weight_decay, "betas": betas, "eps": eps, "momentum": momentum}
+        return _users(name, schedule, decayed, computed, **hyper)
     rule, slots = RULES[resolve(name)](betas=betas, eps=eps, momentum=momentum)
 
     def init(params: Params) -> State:
@@ -85,14 +88,14 @@ def build(
         for path, p in flatten_dict(params, sep="/").items():
             moment = Moment(count, rate, weight_decay if decayed(path) else 0.0, _stacked(path))
             new_params[path], new_memory[path] = _update_one(
-                rule, p, gradients[path], memory.get(path, {}), moment=moment, scale=scale, ok=ok
+                rule, p, gradients[path], memory.get(path, {}), moment=moment, scale=scale, ok=_of(ok, computed(path), p)
             )
         return unflatten_dict(new_params, sep="/"), _by_slot(new_memory)
 
     return Optimizer(init, update)
 
 
-def from_optax(transformation: Any) -> Optimizer:
+def from_optax(transformation: Any, computed: Callable[[str], int | None] = lambda path: None) -> Optimizer:
     """Returns the optimizer that an `optax.GradientTransformation` is, learning rate and sign included.
 
     It sees float32 parameters and gradients, clipped already, and what it remembers is stored in the dtype it began
@@ -102,13 +105,14 @@ def from_optax(transformation: Any) -> Optimizer:
     """
 
     def update(grads: Params, state: Any, params: Params, *, step, scale, ok) -> tuple[Params, Any]:
-        def keep(new, old):
-            return jnp.where(ok, new.astype(old.dtype), old)
+        def keep(new, old, ok=ok):
+            return _chosen(ok, new.astype(old.dtype), old)
 
         wide, gradients = _wide(params), jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
         updates, new_state = transformation.update(gradients, _wide(state), wide)
         new_params = jax.tree.map(lambda p, update: p + update, wide, updates)
-        return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, state)
+        kept = unflatten_dict({path: _of(ok, computed(path), p) for path, p in flatten_dict(params, sep="/").items()}, "/")
+        return jax.tree.map(keep, new_params, params, kept), jax.tree.map(keep, new_state, state)
 
     return Optimizer(transformation.init, update)
 
@@ -174,7 +178,7 @@ def state_shardings(optimizer: Optimizer, params: Params, shardings: Params) -> 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
-def _users(name: str, schedule: Callable, decayed: Callable[[str], bool], **hyper: Any) -> Optimizer:
+def _users(name: str, schedule: Callable, decayed: Callable, computed: Callable, **hyper: Any) -> Optimizer:
     """What the function `name` returns, called with `learning_rate`, and with those of `hyper` and of `decayed` (as
     optax's `mask`: a function from parameters to a tree of bools) that it has as arguments.
     """
@@ -189,7 +193,7 @@ def _users(name: str, schedule: Callable, decayed: Callable[[str], bool], **hype
     made = function(**{key: value for key, value in given.items() if all_of_them or key in known})
     if not (hasattr(made, "init") and hasattr(made, "update")):
         raise ValueError(f"optimizer {name!r} must return an optax.GradientTransformation, not {type(made).__name__}")
-    return from_optax(made)
+    return from_optax(made, computed)
 
 
 def _each_path(test: Callable[[str], bool], params: Params) -> Params:
@@ -207,12 +211,23 @@ def _update_one(rule, p, g, old: dict, *, moment: Moment, scale, ok) -> tuple[ja
     """One tensor: computed in float32, stored as it came."""
 
     def keep(new, old):
-        return jnp.where(ok, new, old)
+        return _chosen(ok, new, old)
 
     wide = {slot: value.astype(jnp.float32) for slot, value in old.items()}
     p32 = p.astype(jnp.float32)
     new_p, new = rule(p32, g.astype(jnp.float32) * scale, wide, keep=keep, at=moment)
     return keep(new_p, p32).astype(p.dtype), {slot: new[slot].astype(old[slot].dtype) for slot in old}
+
+
+def _of(ok, layers: int | None, leaf) -> jax.Array:
+    """Whether a leaf is updated; an answer for each layer [n] where only so many are."""
+    if not layers:
+        return ok if layers is None else jnp.zeros((), bool)
+    return ok & (jnp.arange(leaf.shape[0]) < layers)
+
+
+def _chosen(ok, new, old) -> jax.Array:
+    return jnp.where(ok.reshape(-1, *(1,) * (old.ndim - 1)) if jnp.ndim(ok) else ok, new, old)
 
 
 def _stacked(path: str) -> bool:

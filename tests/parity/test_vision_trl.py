@@ -5,14 +5,16 @@ Ours runs on eight fake devices with one row each where TRL has a batch of eight
 
 import io
 import json
+import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import yaml
+from safetensors.numpy import load_file
 
 from configs.load import load
 from launch.train import run
@@ -34,8 +36,16 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def theirs(model: Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and gradient norm of each step by TRL."""
+class Found(NamedTuple):
+    """Loss and gradient norm of each step, and the last weights by their names in a file."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    weights: dict[str, np.ndarray]
+
+
+def theirs(model: Path, rows: list[dict[str, Any]]) -> Found:
+    """The steps of TRL."""
     import torch
     from datasets import Dataset
     from PIL import Image
@@ -86,11 +96,13 @@ def theirs(model: Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndar
             processing_class=processor,
         )
         trainer.train()
+        trainer.model.save_pretrained(folder)
+        weights = load_file(Path(folder) / "model.safetensors")
     log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return np.array([entry["loss"] for entry in log]), np.array([entry["grad_norm"] for entry in log])
+    return Found(np.array([e["loss"] for e in log]), np.array([e["grad_norm"] for e in log]), weights)
 
 
-def ours(model: Path, rows: list[dict[str, Any]], root: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def ours(model: Path, rows: list[dict[str, Any]], root: Path, folder: Path) -> Found:
     """The same by the command."""
     data, config = folder / "rows.jsonl", folder / "config.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,7 +112,6 @@ def ours(model: Path, rows: list[dict[str, Any]], root: Path, folder: Path) -> t
         "output_dir": str(folder / "output"),
         "per_device_train_batch_size": BATCH // jax.device_count(),
         "save_steps": 0,
-        "save_final_model": False,
         "enable_tensorboard": False,
         "compile_cache_dir": None,
         "trainer_kwargs": {"train_sampling_strategy": "sequential"},
@@ -111,12 +122,23 @@ def ours(model: Path, rows: list[dict[str, Any]], root: Path, folder: Path) -> t
     run(load(str(config)))
     events = [json.loads(line) for line in (folder / "output/metrics.jsonl").read_text().splitlines()]
     log = [event for event in events if "loss" in event]
-    return np.array([event["loss"] for event in log]), np.array([event["grad_norm"] for event in log])
+    weights = load_file(folder / "output/model.safetensors")
+    return Found(np.array([e["loss"] for e in log]), np.array([e["grad_norm"] for e in log]), weights)
 
 
 def test_ten_steps_on_pictures_are_those_of_trl(tiny_seeing_model, coloured_rows, tmp_path):
     rows = rows_of(coloured_rows)
     found, expected = ours(tiny_seeing_model, rows, coloured_rows.parent, tmp_path), theirs(tiny_seeing_model, rows)
-    assert len(found[0]) == STEPS
-    for own, other in zip(found, expected, strict=True):
+    assert len(found.losses) == STEPS
+    for own, other in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_allclose(own, other, rtol=1e-4)
+    before = load_file(tiny_seeing_model / "model.safetensors")
+    assert found.weights.keys() == expected.weights.keys() == before.keys()
+    still = {name for name in before if np.array_equal(before[name], expected.weights[name])}
+    # The features are the output of the last layer but one: nothing decays behind it.
+    assert still == {name for name in before if re.match(r"vision_tower\.(encoder\.layers\.2|post_layernorm)\.", name)}
+    for name, tensor in expected.weights.items():
+        if name in still:
+            np.testing.assert_array_equal(found.weights[name], tensor, err_msg=name)
+        elif not name.endswith("k_proj.bias"):  # whose gradient is nothing but rounding
+            np.testing.assert_allclose(found.weights[name], tensor, atol=2e-4, err_msg=name)

@@ -93,6 +93,36 @@ def test_twenty_updates_are_those_of_torch(name):
         np.testing.assert_allclose(mine, expected, rtol=2e-6, atol=1e-6, err_msg=path)
 
 
+def used(path):
+    """Two layers of the MLP, none of the last norm, and all of the rest."""
+    return {"layers/mlp/up/kernel": 2, "layers/mlp/down/kernel": 2, "norm/scale": 0}.get(path)
+
+
+@pytest.mark.parametrize("name", [*TORCH, "lion", "optax"])
+def test_what_no_loss_depends_on_is_left_alone_and_the_rest_is_updated_as_ever(name):
+    params, grads = random_tree(0), gradients()
+    alone, whole = (
+        optim.from_optax(optax.adamw(1e-2, weight_decay=0.1), computed)
+        if name == "optax"
+        else optim.build(name, schedule=RATE, **HYPER, decayed=lambda path: True, computed=computed)
+        for computed in (used, lambda path: None)
+    )
+    found = []
+    for optimizer in (alone, whole):
+        state, new = optimizer.init(jax.tree.map(jnp.asarray, params)), jax.tree.map(jnp.asarray, params)
+        update = jax.jit(optimizer.update)
+        for step, g in enumerate(grads[:3]):
+            new, state = update(g, state, new, step=jnp.int32(step), scale=jnp.float32(1), ok=jnp.bool_(True))
+        found.append(flatten_dict(new, sep="/"))
+    for path, before in flatten_dict(params, sep="/").items():
+        layers = used(path)
+        moved = slice(layers)
+        np.testing.assert_array_equal(found[0][path][moved], found[1][path][moved], err_msg=path)
+        if layers is not None:
+            np.testing.assert_array_equal(found[0][path][layers:], before[layers:], err_msg=path)
+            assert not np.array_equal(found[1][path][layers:], before[layers:])
+
+
 def test_small_gradients_feel_the_eps_that_stands_after_the_root():
     params = random_tree(0)
     grads = [jax.tree.map(lambda g: g * 1e-7, g) for g in gradients()]
