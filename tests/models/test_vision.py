@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from models.decoder import Compute, abstract_params, head, hidden_states
 from models.families import AsStored, decoder_config, table_of
 from models.generate import complete
+from models.selection import names_of
 from models.sharding import make_mesh, parameter_shardings, paths
 from models.shards import find_place
-from models.vision import Shown
+from models.vision import Shown, computed
 from models.weights import load_params, save_folder
 from tests.vision_families import (
     FAMILIES,
@@ -121,6 +122,19 @@ def test_logits_and_gradients_are_those_of_transformers(family, pictures, tmp_pa
             own = one.T if path.endswith("/kernel") and not isinstance(names[path], AsStored) else one
             close = 1e-4 * max(np.abs(stored[name]).max(), 1e-3 * largest)  # some are zero but for rounding
             np.testing.assert_allclose(own, stored[name], rtol=1e-4, atol=close, err_msg=name)
+
+
+def test_names_are_those_of_the_loaded_model_and_what_leads_to_no_feature_has_no_gradient(family):
+    chosen, folder, model = family
+    weights = np.random.default_rng(2).normal(size=(3, LENGTH, VOCABULARY)).astype(np.float32)
+    theirs(chosen, model, rows(chosen, pictures=True), weights, pictures=True)
+    hf_config = json.loads((folder / "config.json").read_text())
+    config = decoder_config(hf_config)
+    tensors = names_of(config, hf_config).tensors
+    assert {name for each in tensors.values() for name in each} == {name for name, _ in model.named_parameters()}
+    idle = {path: computed(config.vision, path) for path in tensors}
+    found = {name for path, layers in idle.items() if layers is not None for name in tensors[path][layers:]}
+    assert found == {name for name, parameter in model.named_parameters() if parameter.grad is None}
 
 
 def save_gradients(model: Any, folder: Path) -> None:
