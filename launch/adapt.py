@@ -69,7 +69,9 @@ def what_trains(
     else:
         lora = adapters.read_settings(adapter, decoder, hf_config)
         if both := _frozen_too(lora, frozen):
-            raise ValueError(f"not implemented yet: model.freeze_layers of an adapter on {both[0]}, which is trained on")
+            raise ValueError(
+                f"not implemented yet: model.freeze_layers of an adapter that goes on and stands on {both[0]}"
+            )
         log.info("training goes on with %s, as its %s says; section peft is not read", adapter, adapters.CONFIG)
     if decoder.tied_head and "embed/embedding" in lora.whole:
         raise ValueError("not implemented yet: peft.lora_modules_to_save: an embedding that is the output head too")

@@ -87,8 +87,9 @@ def build(
         new_params, new_memory = {}, {}
         for path, p in flatten_dict(params, sep="/").items():
             moment = Moment(count, rate, weight_decay if decayed(path) else 0.0, _stacked(path))
+            here = _of(ok, computed(path), p)
             new_params[path], new_memory[path] = _update_one(
-                rule, p, gradients[path], memory.get(path, {}), moment=moment, scale=scale, ok=_of(ok, computed(path), p)
+                rule, p, gradients[path], memory.get(path, {}), moment=moment, scale=scale, ok=here
             )
         return unflatten_dict(new_params, sep="/"), _by_slot(new_memory)
 
@@ -111,8 +112,10 @@ def from_optax(transformation: Any, computed: Callable[[str], int | None] = lamb
         wide, gradients = _wide(params), jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
         updates, new_state = transformation.update(gradients, _wide(state), wide)
         new_params = jax.tree.map(lambda p, update: p + update, wide, updates)
-        kept = unflatten_dict({path: _of(ok, computed(path), p) for path, p in flatten_dict(params, sep="/").items()}, "/")
-        return jax.tree.map(keep, new_params, params, kept), jax.tree.map(keep, new_state, state)
+        here = {path: _of(ok, computed(path), p) for path, p in flatten_dict(params, sep="/").items()}
+        return jax.tree.map(keep, new_params, params, unflatten_dict(here, sep="/")), jax.tree.map(
+            keep, new_state, state
+        )
 
     return Optimizer(transformation.init, update)
 

@@ -1,5 +1,6 @@
 """Adapters of models that see, against peft: the same modules chosen, folders through both, the same ten steps."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.decoder import Compute, head, hidden_states
 from models.families import decoder_config
 from models.lora import Lora, Parts, merged
 from models.selection import names_of, target_modules
+from models.vision import computed
 from models.weights import load_params
 from tests.models.test_vision import FAMILIES, LENGTH, VOCABULARY, Family, images_of, rows, theirs
 from tests.parity.test_lora_peft import one_device
@@ -181,3 +183,63 @@ def test_an_adapter_of_older_versions_is_read(models, tmp_path):
     save_file(older, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     assert read_settings(tmp_path, model.config, model.hf_config) == lora
     jax.tree.map(np.testing.assert_array_equal, parameters(model, tmp_path, lora), expected)
+
+
+def drawn(step: int) -> np.ndarray:
+    """What the logits of a step are multiplied with."""
+    return np.random.default_rng(step).normal(scale=0.02, size=(3, LENGTH, VOCABULARY)).astype(np.float32)
+
+
+def steps_of_peft(model: Seeing, adapter: Path) -> tuple[list[float], dict[str, np.ndarray]]:
+    peft = PeftModel.from_pretrained(model.loaded(), adapter, is_trainable=True)
+    trained = {name: value for name, value in peft.named_parameters() if value.requires_grad}
+    optimizer, found = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=DECAY), []
+    given = rows(model.family, pictures=True)
+    for step in range(STEPS):
+        logits = theirs(model.family, peft, given, drawn(step) * given["segments"][:, :, None], pictures=True)
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), CLIP)
+        optimizer.step()
+        found.append(float((logits * drawn(step) * given["segments"][:, :, None]).sum()))
+    return found, {name.replace(".default", ""): value.detach().numpy() for name, value in trained.items()}
+
+
+def steps_of_ours(model: Seeing, adapter: Path, folder: Path) -> tuple[list[float], dict[str, np.ndarray]]:
+    lora = read_settings(adapter, model.config, model.hf_config)
+    parts, given = parameters(model, adapter, lora), rows(model.family, pictures=True)
+    optimizer = optim.build(
+        "adamw",
+        schedule=lambda step: RATE,
+        weight_decay=DECAY,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        momentum=0.0,
+        computed=functools.partial(computed, model.config.vision),
+    )
+
+    def loss(trained: Any, frozen: Any, batch: Any, key: Any = None) -> Any:
+        total = (logits(merged(trained, frozen), model, given, lora) * batch["drawn"]).sum()
+        return Sum(total, jnp.ones(())), {}
+
+    step = build_step(loss, optimizer, parts.trained, mesh=one_device(), max_grad_norm=CLIP, frozen=parts.frozen)
+    state, found = step.init(parts.trained), []
+    for number in range(STEPS):
+        weights = drawn(number) * given["segments"][:, :, None]
+        state, metrics = step.train(state, parts.frozen, {"tokens": given["tokens"][None], "drawn": weights[None]})
+        found.append(float(metrics["loss"]))
+    return found, saved(model, folder, state.params, lora)
+
+
+def test_ten_steps_are_those_of_peft_and_layers_that_no_feature_comes_from_stay(models, tmp_path):
+    model = models("llava, CLIP")
+    prepared(model, tmp_path / "adapter", r=4, lora_alpha=8, target_modules="all-linear")
+    expected, their_weights = steps_of_peft(model, tmp_path / "adapter")
+    found, our_weights = steps_of_ours(model, tmp_path / "adapter", tmp_path / "trained")
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    before = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert our_weights.keys() == their_weights.keys() == before.keys()
+    for name, value in their_weights.items():
+        assert np.array_equal(value, before[name]) == ("tower.encoder.layers.2." in name), name
+        if "tower.encoder.layers.2." in name:
+            np.testing.assert_array_equal(our_weights[name], before[name])
+        elif "k_proj.lora_B" not in name:
+            np.testing.assert_allclose(our_weights[name], value, atol=1e-3, err_msg=name)

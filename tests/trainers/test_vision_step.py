@@ -161,7 +161,8 @@ def test_rows_with_pictures_packed_into_one_have_the_loss_and_the_gradients_that
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, gradients)
     mixed = packed(alone)
-    mixed["image_features"] = np.where(mixed["image_features"] > 8, mixed["image_features"] - 8, mixed["image_features"])
+    numbers = mixed["image_features"]
+    mixed["image_features"] = np.where(numbers > 8, numbers - 8, numbers)
     assert abs(float(total(params, mixed)) - float(expected)) > 1e-3  # it does tell whose picture a row is given
 
 
