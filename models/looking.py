@@ -145,7 +145,7 @@ def tile_features(params: Params, vision: Vision, images: Images, compute: Compu
     x_MPE = through(tower["further"]["layers"], assumed, x_MPE, (last,), compute, road)[last]
     inner_MPE = jnp.stack([outputs[take] for take in vision.takes], axis=-1).reshape(M, n * q, -1)
     whole = jnp.concatenate([x_MPE, inner_MPE], axis=-1).reshape(M, n, q, -1)[:, :, :p]
-    features = PROJECTORS[vision.projector].project(projector, vision, whole.reshape(M, n * p, -1))
+    features = PROJECTORS[vision.projector].project(projector, vision, whole.reshape(M, n * p, -1), compute.lora)
     return constrain(features.reshape(B, -1, features.shape[-1]), ROWS, None, None)
 
 

@@ -342,7 +342,7 @@ def computed(vision: Vision, path: str) -> int | None:
     """How many of a leaf's layers lead to a feature, from the first on: 0 of a norm that nothing is read from, None
     where it is all there is. What leads to none has no gradient, and nothing to learn.
     """
-    if vision.takes is None:
+    if vision.takes is None or vision.further is not None:
         return None
     if path.startswith("vision/layers/"):
         return max(vision.takes) if max(vision.takes) < vision.layers.layers else None

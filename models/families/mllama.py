@@ -10,6 +10,7 @@ from typing import Any
 
 from models.config import DecoderConfig, Layer
 from models.families import Fields, OfLayers, Table, llama
+from models.families.llava import LOADED
 from models.towers import MLLAMA
 from models.vision import Vision, vit
 
@@ -120,4 +121,4 @@ def table(hf_config: Mapping[str, Any]) -> Table:
         text[path] = OfLayers(named, layers) if "{i}" in named else named
     names = {path: type(name)(f"vision_model.{name}") for path, name in MLLAMA.items()}
     ignored = [rf"language_model\.{pattern}" for pattern in llama.IGNORED]
-    return Table({**text, **names, **PROJECTOR}, ignored, RENAMED)
+    return Table({**text, **names, **PROJECTOR}, ignored, RENAMED, LOADED)

@@ -22,14 +22,15 @@ from models.lora import Lora, Parts, merged
 from models.selection import names_of, target_modules
 from models.vision import computed
 from models.weights import load_params
-from tests.models.test_vision import FAMILIES, LENGTH, VOCABULARY, Family, images_of, rows, theirs
+from tests.models.test_vision import theirs
 from tests.parity.test_lora_peft import one_device
+from tests.vision_families import FAMILIES, LENGTH, VOCABULARY, Family, images_of, rows
 from trainers import optim
 from trainers.losses import Sum
 from trainers.step import build_step
 
 STEPS, RATE, DECAY, CLIP = 10, 1e-2, 0.1, 1.0
-KINDS = ("llava, CLIP", "gemma3", "idefics3", "qwen2_vl")  # each with a projector and names of its own
+KINDS = ("llava, CLIP", "gemma3", "idefics3", "qwen2_vl", "mllama")  # each with a projector and names of its own
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own
 
 
