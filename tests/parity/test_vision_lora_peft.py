@@ -68,14 +68,16 @@ TARGETS: dict[str, Any] = {
     "a pattern": r".*(vision|visual).*(k_proj|out_proj|attn\.proj)",
 }
 
+OWN = {"qwen2_5_vl": ["gate_proj", "attn.proj"], "qwen3_vl": ["q_proj", "linear_fc2"]}
+
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["llava, SigLIP", "paligemma", "qwen2_5_vl", *KINDS])
+@pytest.mark.parametrize("kind", ["llava, SigLIP", "paligemma", "qwen2_5_vl", "qwen3_vl", *KINDS])
 def test_the_modules_are_those_that_peft_chooses(kind, target, models):
     model, asked = models(kind), TARGETS[target]
     names, pattern = names_of(model.config, model.hf_config), target == "a pattern"
-    if target == "a name that both have" and kind == "qwen2_5_vl":
-        asked = ["gate_proj", "attn.proj"]
+    if target == "a name that both have":
+        asked = OWN.get(kind, asked)
     found = target_modules(names, [asked] if pattern else asked, patterns=pattern)
     chosen = get_peft_model(model.loaded(), LoraConfig(target_modules=asked))
     assert {module for path in found for module in names.modules[path]} == set(chosen.targeted_module_names)
@@ -135,7 +137,9 @@ SETTINGS = {
     "the text's own queries": {"r": 4, "target_modules": r"model\.language_model.*\.q_proj"},
     "the projector whole": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["multi_modal_projector"]},
 }
-CASES = [(kind, "all linear layers") for kind in KINDS] + [("llava, CLIP", name) for name in list(SETTINGS)[1:]]
+CASES = [(kind, "all linear layers") for kind in (*KINDS, "qwen3_vl")] + [
+    ("llava, CLIP", name) for name in list(SETTINGS)[1:]
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
