@@ -50,8 +50,8 @@ class Model(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Parameters: all that there are, those that are trained, and of either those that take part in matrix products
-    (an embedding that is no head is only looked up).
+    """Parameters: all that there are, those that are trained, and of either those that text takes part in matrix
+    products with (an embedding that is no head is only looked up).
     """
 
     total: int
@@ -182,7 +182,10 @@ def parameter_count(model: Model) -> Count:
     mixture = model.config.experts
 
     def product(path: str, size: int) -> int:
-        """How many of a leaf's numbers a token is multiplied with: of the experts those that it goes to."""
+        """How many of a leaf's numbers a token is multiplied with: of the experts those that it goes to, of a tower
+        none."""
+        if path.startswith(("vision/", "projector/")):
+            return 0
         routed = mixture is not None and path.startswith("layers/moe/experts/")
         return 0 if path in looked_up else size * mixture.per_token // mixture.count if routed else size
 

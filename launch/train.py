@@ -35,6 +35,7 @@ from launch.data import (
     validation_data,
 )
 from launch.export import Described, write_adapter, write_model
+from launch.flops import flops_of
 from launch.grpo import of_own_answers, own_answers
 from launch.method import Method, method_of
 from launch.samples import sample_answers
@@ -54,7 +55,7 @@ from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
 from trainers.step import Step, TrainState, build_step
-from trainers.throughput import Throughput, flops_per_token, peak_flops
+from trainers.throughput import Throughput, peak_flops
 
 log = logging.getLogger("einkorn")
 
@@ -339,22 +340,15 @@ def _measures(config: ConfigDict, validation: Feed | None) -> Callable[[Any], di
 
 
 def _meter(model: Model, mesh: Mesh, plan: Schedule, start: int, feed: Feed, *, forwards: int) -> Throughput:
-    count = assemble.parameter_count(model)
-    flops = flops_per_token(
-        trained=count.trained_products,
-        frozen=count.frozen_products,
-        layers=model.config.layers,
-        heads=model.config.heads,
-        head_dim=model.config.head_width,
-        context=mean_length(feed.counts, default=feed.longest),
-        forwards=forwards,
-    )
+    flops = flops_of(model, context=mean_length(feed.counts, default=feed.longest), forwards=forwards)
     device = mesh.devices.flat[0]
     return Throughput(
         total_steps=plan.steps,
         done_steps=start,
         devices=mesh.size,
-        flops_per_token=flops,
+        flops_per_token=flops.token,
+        flops_per_patch=flops.patch,
+        flops_per_pair=flops.pair,
         device_peak=peak_flops(device.device_kind),
     )
 

@@ -132,9 +132,9 @@ def train(run: Run, state: TrainState) -> TrainState:
             done += 1
             _judge(run, before)
             before = _Found(done, found, run.batches.rows)
-            tokens, rows = _amount(host, run.batches.part)
-            run.tokens_seen += tokens
-            run.meter.step(tokens=tokens, rows=rows)
+            amounts = _amounts(host, run.batches.part)
+            run.tokens_seen += amounts["tokens"]
+            run.meter.step(**amounts)
             window.add({name: (value, 1.0) for name, value in (found | run.logged()).items() if name != "halted"})
             last = done == run.schedule.steps or stop.number is not None
             if _due(run, run.schedule.log, done) or (done == 1 and run.schedule.log_first) or last:
@@ -190,11 +190,17 @@ def device_batch(host: HostBatch, mesh: Mesh, *, part: Part | None = None) -> Ba
     return {name: whole(value) if part is None else piece(value) for name, value in host.items()}
 
 
-def _amount(host: HostBatch, part: Part | None) -> tuple[int, int]:
-    """Tokens and rows of a batch; of a part, whose rows are packed full, as many as that makes of the whole."""
-    tokens, rows = np.count_nonzero(host["segments"]), host["segments"].any(axis=-1).sum()
+def _amounts(host: HostBatch, part: Part | None) -> dict[str, int]:
+    """Tokens, rows, patches and pairs of these that see one another, of a batch; of a part, whose rows are packed full,
+    as many as that makes of the whole.
+    """
+    amounts = {"tokens": np.count_nonzero(host["segments"]), "rows": host["segments"].any(axis=-1).sum()}
+    if "patch_segments" in host:
+        segments = host["patch_segments"].reshape(-1, host["patch_segments"].shape[-1])
+        of_picture = np.concatenate([np.bincount(row[row > 0]) for row in segments])
+        amounts |= {"patches": of_picture.sum(), "pairs": np.square(of_picture).sum()}
     share = 1.0 if part is None else part.rows / part.count
-    return round(tokens * share), round(rows * share)
+    return {name: round(amount * share) for name, amount in amounts.items()}
 
 
 def evaluate(step: Step, params: Any, frozen: Any, mesh: Mesh, batches: Iterator[HostBatch]) -> dict[str, Sum]:

@@ -1,8 +1,8 @@
 """How fast a run goes: tokens and steps per second, time lost waiting for data, time left, and MFU.
 
 MFU (model FLOPs utilisation; Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic the model needs for the tokens
-seen, over what the devices could have done in that time. Recomputed activations do not count, so rematerialisation
-lowers it.
+and patches of pictures seen, over what the devices could have done in that time. Recomputed activations do not count,
+so rematerialisation lowers it.
 """
 
 import contextlib
@@ -74,14 +74,17 @@ class Throughput:
         done_steps: int = 0,
         devices: int = 1,
         flops_per_token: float | None = None,
+        flops_per_patch: float = 0.0,
+        flops_per_pair: float = 0.0,
         device_peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._clock = clock
         self._left = total_steps - done_steps
         self._devices = devices
+        self._flops = (flops_per_token or 0.0, flops_per_patch, flops_per_pair)
         known = flops_per_token is not None and device_peak is not None
-        self._mfu_per_rate = flops_per_token / (device_peak * devices) if known else None  # type: ignore[operator]
+        self._peak = device_peak * devices if known else None  # type: ignore[operator]
         self._born = clock()
         self._begun: float | None = None  # when the first step was over
         self._window = _Tally()
@@ -101,13 +104,15 @@ class Throughput:
         yield
         self._count(paused=self._clock() - begun)
 
-    def step(self, *, tokens: int, rows: int) -> None:
-        """Counts one optimizer step with so many non-padding tokens and rows, over all devices."""
+    def step(self, *, tokens: int, rows: int, patches: int = 0, pairs: int = 0) -> None:
+        """Counts one optimizer step with so many non-padding tokens and rows, over all devices; of pictures, patches
+        and pairs of patches of one picture.
+        """
         self._left -= 1
         if self._begun is None:
             self._begun = self._window.since = self._run.since = self._clock()
         else:
-            self._count(steps=1, tokens=tokens, rows=rows)
+            self._count(steps=1, tokens=tokens, rows=rows, patches=patches, pairs=pairs)
 
     def read(self) -> dict[str, float]:
         """Rates since the last `read`; empty while no step but the first is over.
@@ -155,7 +160,11 @@ class Throughput:
             "steps_per_second": tally.steps / seconds,
             "data_wait": tally.waited / seconds,
         }
-        return rates | ({} if self._mfu_per_rate is None else {"mfu": tokens * self._mfu_per_rate})
+        if self._peak is None:
+            return rates
+        counts = (tally.tokens, tally.patches, tally.pairs)
+        flops = sum(count * each for count, each in zip(counts, self._flops, strict=True))
+        return rates | {"mfu": flops / seconds / self._peak}
 
     def _count(self, **amounts: float) -> None:
         if self._begun is not None:
@@ -169,7 +178,7 @@ class _Tally:
 
     def __init__(self, since: float = 0.0):
         self.since = since
-        self.steps = self.tokens = self.rows = 0
+        self.steps = self.tokens = self.rows = self.patches = self.pairs = 0
         self.waited = self.paused = 0.0
 
     def seconds(self, now: float) -> float:
