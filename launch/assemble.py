@@ -68,30 +68,27 @@ def prepare_devices(config: ConfigDict) -> Mesh:
     return make_mesh(derived.mesh_axes(config, hosts=jax.process_count()))
 
 
-def open_model(config: ConfigDict) -> Model:
-    """Find the model and read its configuration and tokenizer, no weights; ValueError says what does not fit."""
+def open_model(config: ConfigDict, *, only_config: bool = False) -> Model:
+    """Find the model and read its configuration and tokenizer, no weights; ValueError says what does not fit. With
+    `only_config` there is config.json alone, and no tokenizer.
+    """
     model = config.model
     named = find_model(model)
-    folder = hub.resolve(named.base, revision=model.model_revision, weights=model.load_pretrained_weights)
+    weighs = model.load_pretrained_weights and not only_config
+    folder = hub.resolve(named.base, revision=model.model_revision, weights=weighs)
     hf_config = _read(folder / "config.json") | _changes(folder, dict(model.model_kwargs))
-    tokenizer = load_tokenizer(
-        model.tokenizer_name or str(tokenizer_folder(named, folder)),
-        chat_template=model.chat_template,
-        pad_token=model.tokenizer_pad_token,
-        revision=model.model_revision if model.tokenizer_name is None and not Path(named.base).is_dir() else None,
-        **dict(model.tokenizer_kwargs),
-    )
-    if not model.load_pretrained_weights:
+    tokenizer = None if only_config else _tokenizer(config, named, folder)
+    if not model.load_pretrained_weights and tokenizer is not None:
         hf_config |= _special_ids(tokenizer)
     decoder = decoder_config(hf_config)
-    if len(tokenizer) > decoder.vocabulary + decoder.more_tokens:
+    if tokenizer is not None and len(tokenizer) > decoder.vocabulary + decoder.more_tokens:
         cure = "" if model.load_pretrained_weights else f", or set model.model_kwargs.vocab_size: {len(tokenizer)}"
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {decoder.vocabulary} (vocab_size): they do not "
             f"belong together; change model.tokenizer_name{cure}"
         )
     generation = folder / "generation_config.json"
-    dtype = _dtype(model.torch_dtype_str, hf_config, folder, read=model.load_pretrained_weights)
+    dtype = _dtype(model.torch_dtype_str, hf_config, folder, read=weighs)
     lora, trained = what_trains(config, decoder, hf_config, adapter=named.adapter)
     return Model(
         folder=folder,
@@ -104,8 +101,19 @@ def open_model(config: ConfigDict) -> Model:
         adapter=named.adapter,
         lora=lora,
         trained=trained,
-        processor=_processor(config, hf_config, folder, tokenizer),
+        processor=None if tokenizer is None else _processor(config, hf_config, folder, tokenizer),
         form=quantisation(config),
+    )
+
+
+def _tokenizer(config: ConfigDict, named: Any, folder: Path) -> Any:
+    model = config.model
+    return load_tokenizer(
+        model.tokenizer_name or str(tokenizer_folder(named, folder)),
+        chat_template=model.chat_template,
+        pad_token=model.tokenizer_pad_token,
+        revision=model.model_revision if model.tokenizer_name is None and not Path(named.base).is_dir() else None,
+        **dict(model.tokenizer_kwargs),
     )
 
 

@@ -76,6 +76,21 @@ def check(context: typer.Context, config: Config) -> None:
 
 
 @app.command(context_settings=OVERRIDES)
+def plan(
+    context: typer.Context,
+    config: Config,
+    target: Annotated[str, typer.Option(help="v5e-16, v5p-128, v6e-256 and their kin, or GPUs as 8xh100.")],
+) -> None:
+    """Say whether a run fits accelerators that are not here, and how fast it could be: the step compiled for that TPU
+    (needs the extra `tpu`), or an estimate. Reads no weights.
+    """
+    loaded = _load(config, context.args)
+    from launch.plan import run
+
+    run(loaded, target=target)
+
+
+@app.command(context_settings=OVERRIDES)
 def inspect(
     context: typer.Context,
     config: Config,

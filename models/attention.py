@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.sharding import platform
+
 log = logging.getLogger(__name__)
 
 BLOCK = 128  # queries that are computed together, at least
@@ -144,7 +146,7 @@ def attend(
     `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run
     is a ValueError.
     """
-    run = BACKENDS[pick(backend, jax.default_backend())].attend
+    run = BACKENDS[pick(backend, platform())].attend
     scores = Scores(scale, window, softcap)
     if where.q_groups_BL is not None:
         reach = None  # a key may stand after its query
@@ -239,7 +241,7 @@ def _scores(q_BKQH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     """The product of every query with every key, in float32 [B, K, Q, S]. XLA on CPU reads many keys for few queries
     faster where keys come first; barriers keep it from turning that back.
     """
-    if jax.default_backend() != "cpu" or 16 * q_BKQH.shape[2] > k_BKSH.shape[2]:
+    if platform() != "cpu" or 16 * q_BKQH.shape[2] > k_BKSH.shape[2]:
         return jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
     q_BKHQ = jax.lax.optimization_barrier(q_BKQH.swapaxes(2, 3))
     scores_BKSQ = jnp.einsum("bksh,bkhq->bksq", k_BKSH, q_BKHQ, preferred_element_type=jnp.float32)

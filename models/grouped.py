@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.sharding import varying_alike
+from models.sharding import platform, varying_alike
 
 BLOCK = 128
 
@@ -23,7 +23,7 @@ def grouped_product(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) 
     kernel[1], and so on; rows beyond the last group give 0, and have no gradient.
     """
     x_SD, kernel_EDF, sizes_E = varying_alike(x_SD, kernel_EDF, sizes_E)
-    if jax.default_backend() == "tpu":
+    if platform() == "tpu":
         return jax.lax.ragged_dot(x_SD, kernel_EDF, sizes_E)
     return _in_blocks(x_SD, kernel_EDF, sizes_E)
 

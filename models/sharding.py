@@ -6,9 +6,11 @@ batch are split over the first three. The same code runs on one device, on eight
 does not divide a dimension is left out for it.
 """
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +43,24 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"projector/down/kernel", ("tensor", "fsdp")),
     (r".*", ()),
 )
+
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """What programs are compiled for: "cpu", "gpu" or "tpu"."""
+    return _PLATFORM.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Programs that are traced herein are for another platform than this machine's."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,0 +1,155 @@
+"""A plan says what a run needs on devices that are not here: names, bytes and collectives by hand, and its own step."""
+
+import importlib.util
+import math
+
+import jax
+import pytest
+
+from configs.load import load
+from launch import assemble, plan
+from launch.chips import CHIPS, target_of
+from launch.hlo import Collective, collectives
+from launch.method import method_of
+from models.sharding import make_mesh
+from tests.launch.test_end_to_end import einkorn
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "topology"),
+    [
+        ("v5e-16", 16, "v5e:4x4"),
+        ("v5litepod-8", 8, "v5e:2x4"),
+        ("v6e-256", 256, "v6e:16x16"),
+        ("v5p-128", 64, "v5p:4x4x4"),  # cores, two a chip
+        ("v5p-8", 4, "v5p:2x2x1"),
+        ("v4-32", 16, "v4:2x2x4"),
+        ("8xh100", 8, None),
+    ],
+)
+def test_a_target_is_so_many_chips_in_this_shape(name, chips, topology):
+    goal = target_of(name)
+    assert (goal.chips, goal.topology) == (chips, topology)
+    if topology:
+        assert math.prod(map(int, topology.split(":")[1].split("x"))) == chips
+
+
+@pytest.mark.parametrize("name", ["v5e-12", "v5p-3", "h100-8", "16xv5e", "v9-4", "", "v5e"])
+def test_a_target_that_is_none_is_refused_with_those_that_are(name):
+    with pytest.raises(ValueError, match="--target"):
+        target_of(name)
+
+
+PROGRAM = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %r = f32[] add(%a, %b)
+}
+
+%cond (p: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(6)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %g = bf16[1,8,4]{2,1,0:T(8,128)} all-gather(%w), channel_id=7, dimensions={1}
+}
+
+%piece (p: bf16[8]) -> bf16[8] {
+  %h = bf16[1,8,4]{2,1,0} all-gather(%w), channel_id=7, dimensions={1}
+}
+
+%all-reduce-scatter.1 (input: f32[16,4]) -> f32[16,1] {
+  %s = f32[16,4]{1,0} all-reduce(%input), channel_id=8, to_apply=%add
+}
+
+%known (p: (s32[])) -> (s32[]) {
+  %c = (bf16[4]{0}, bf16[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w1 = (s32[]) while(%t), condition=%cond, body=%body
+  %f = bf16[8] fusion(%t), kind=kLoop, calls=%piece
+  %q = f32[16,1] fusion(%t), calls=%all-reduce-scatter.1
+  %w2 = (s32[]) while(%t), condition=%other, body=%known, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %a = (f32[], f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loops_run_and_pieces_once():
+    assert collectives(PROGRAM) == {
+        "all-gather": Collective(6, 6 * 64),
+        "all-reduce": Collective(1, 4 + 8),
+        "reduce-scatter": Collective(1, 256),
+        "collective-permute": Collective(3, 3 * 8),
+    }
+
+
+def config_of(model, tmp_path, *options: str):
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        f"model: {{model_name: {model}, model_max_length: 64}}\n"
+        "data: {train: {datasets: [{dataset_name: text_sft, dataset_path: none.jsonl}]}}\n"
+        "fsdp: {enable_fsdp: true}\n"
+        f"training: {{trainer_type: TRL_SFT, output_dir: {tmp_path}/never, per_device_train_batch_size: 2}}\n"
+    )
+    return file, load(str(file), options)
+
+
+def test_the_runs_own_step_is_compiled_without_weights_or_tokenizer(tiny_chat_model, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_bytes((tiny_chat_model / "config.json").read_bytes())
+    config = config_of(tmp_path / "model", tmp_path)[1].config
+    model, mesh = assemble.open_model(config, only_config=True), make_mesh({"fsdp": 8})
+    shapes = plan.shapes_of(config, mesh)
+    assert (shapes.accumulation, shapes.rows, shapes.length) == (1, 16, 64)
+    method = method_of(config, model, longest_document=64)
+    found = plan.compiled(config, model, mesh, method, shapes)
+    lasting = plan.lasting_bytes(config, model, mesh, method)
+    batch = 5 * 4 * 2 * 64
+    assert found.arguments == pytest.approx(sum(lasting.values()) + batch, abs=64)  # and two scalars
+    parameters = assemble.parameter_count(model).total
+    assert sum(lasting.values()) >= 3 * 4 * parameters / 8  # what eight do not divide lies whole on each
+    assert found.temporaries > 0
+    assert found.said["all-gather"].runs >= 7 * model.config.layers  # each kernel of each layer, at least once
+
+
+def test_an_estimate_says_that_it_is_one(tiny_chat_model, tmp_path):
+    file, _ = config_of(tiny_chat_model, tmp_path)
+    done = einkorn("plan", "-c", str(file), "--target", "8xh100")
+    assert done.returncode == 0, done.stderr
+    assert "an estimate by formulas" in done.stdout
+    assert "FLOPs of a step" in done.stdout
+    assert not (tmp_path / "never").exists()
+    done = einkorn("plan", "-c", str(file), "--target", "h100")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_bytes_of_an_eight_billion_model_by_hand(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,'
+        '"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,'
+        '"rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": false}'
+    )
+    config = config_of(tmp_path, tmp_path, "--model.torch_dtype_str", "float32")[1].config
+    mesh = jax.sharding.AbstractMesh((1, 16, 1, 1, 1), ("data", "fsdp", "expert", "tensor", "context"))
+    model = assemble.open_model(config, only_config=True)
+    lasting = plan.lasting_bytes(config, model, mesh, method_of(config, model, longest_document=64))
+    # 2 x 128256 x 4096 + 32 x (2 x 4096² + 2 x 4096 x 1024 + 3 x 4096 x 14336), and norms that lie whole everywhere
+    matrices = 2 * 128256 * 4096 + 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    norms = 65 * 4096
+    assert lasting["parameters"] == 4 * (matrices / 16 + norms)
+    assert lasting["optimizer"] == 2 * lasting["parameters"]
+    assert sum(lasting.values()) / GIB < CHIPS["v5e"].hbm / GIB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (684 MB) is not installed: extra `tpu`")
+def test_a_step_is_compiled_for_a_slice_of_tpus(tiny_chat_model, tmp_path):
+    file, _ = config_of(tiny_chat_model, tmp_path)
+    done = einkorn("plan", "-c", str(file), "--target", "v5e-4")
+    assert done.returncode == 0, done.stderr
+    assert "by the compiler" in done.stdout
+    assert "all-gather" in done.stdout
