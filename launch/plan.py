@@ -27,12 +27,12 @@ from configs.methods import GRPO, PREFERENCE
 from launch import assemble
 from launch.assemble import Model
 from launch.chips import GIB, Target, target_of
+from launch.flops import flops_of
 from launch.hlo import Collective, collectives
 from launch.method import Method, method_of
 from launch.train import step_of
 from models.config import Compute
 from models.sharding import batch_sharding, compiled_for, make_mesh, parameter_shardings, replicas
-from trainers.throughput import flops_per_token
 
 LENGTH = 2048  # tokens of a row where the configuration names no length
 PATCHES = 1024  # of a row, where pictures have any shape
@@ -172,7 +172,7 @@ def abstract_batch(config: ConfigDict, model: Model, mesh: Mesh, shapes: Shapes)
         batch |= {name: array(jnp.float32) for name in ("advantages", "sampled_logprobs")}
     vision = model.config.vision
     if vision is not None:
-        patches = vision.tile * vision.tiles or PATCHES
+        patches = patches_of(model)
         numbers = vision.channels * max(vision.frames, 1) * vision.patch**2
         batch["patches"] = array(jnp.float32, numbers, length=patches)
         batch["patch_segments"] = array(jnp.int32, length=patches)
@@ -182,6 +182,12 @@ def abstract_batch(config: ConfigDict, model: Model, mesh: Mesh, shapes: Shapes)
         else:
             batch |= {"patch_tiles": array(jnp.int32, 2, length=patches), "cross_images": array(jnp.int32, 3)}
     return batch
+
+
+def patches_of(model: Model) -> int:
+    """Patches of a row: of one picture, or of one of any shape."""
+    vision = model.config.vision
+    return 0 if vision is None else vision.tile * vision.tiles or PATCHES
 
 
 def compiled(config: ConfigDict, model: Model, mesh: Mesh, method: Method, shapes: Shapes) -> Found:
@@ -270,16 +276,9 @@ def _speed(
     said: Mapping[str, Collective] | None,
 ) -> Iterator[tuple[str, str]]:
     """FLOPs, what bounds the step, and what that leaves of the peak."""
-    count, c = assemble.parameter_count(model), model.config
-    flops = shapes.tokens * flops_per_token(
-        trained=count.trained_products,
-        frozen=count.frozen_products,
-        layers=c.layers,
-        heads=c.heads,
-        head_dim=c.head_width,
-        context=shapes.length,
-        forwards=method.forwards,
-    )
+    each, rows = flops_of(model, context=shapes.length, forwards=method.forwards), shapes.accumulation * shapes.rows
+    patches = patches_of(model)
+    flops = shapes.tokens * each.token + rows * (patches * each.patch + patches**2 * each.pair)
     remat = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[derived.remat_policy(config)]
     passes = 3 * shapes.accumulation
     times = {
