@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from models.sharding import ROWS, constrain
+from models.sharding import ROWS, constrain, head_places
 
 ALSO = ("entropy", "mean_logit", "correct", "log_sum_squares")
 
@@ -133,19 +133,21 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
     if not asked:
         return None, None, None, None
     asked = {name: jnp.where(wanted_BL, x_BL, 0.0) for name, x_BL in asked.items()}
-    order_BL, columns = _plan(wanted_BL, flavour.chunk)
+    places = head_places(head[0].shape[0])
+    order_BL, columns = _plan(wanted_BL, flavour.chunk * places.times)
     pieces = (
         _cut(hidden_BLD, order_BL, columns),
         _cut(targets_BL, order_BL, columns),
         log_z_pieces,
         {name: _cut(x_BL, order_BL, columns) for name, x_BL in asked.items()},
     )
-    head_cast = (head[0].astype(hidden_BLD.dtype), head[1])
+    head_cast = (constrain(head[0].astype(hidden_BLD.dtype), places.vocabulary, None), head[1])
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     d_head: Any = None if trained is None else jax.tree.map(wide, head)
 
     def live(d_head, piece):
         hidden_TD, targets_T, log_z_T, asked_T = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), piece)
+        hidden_TD = constrain(hidden_TD, places.tokens, None)
         logits_TV = _logits(hidden_TD, head_cast, flavour)
         d_logits_TV = _chunk_gradient(logits_TV, targets_T, log_z_T, asked_T)
         if flavour.temperature != 1:
@@ -157,8 +159,8 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
         if d_head is not None:
             d_kernel_VD = jnp.einsum("tv,td->vd", d_narrow_TV, hidden_TD, preferred_element_type=jnp.float32)
             d_bias_V = None if head[1] is None else d_head[1] + d_logits_TV.sum(axis=0)
-            d_head = (d_head[0] + d_kernel_VD, d_bias_V)
-        return d_head, (d_narrow_TV @ head_cast[0]).reshape(piece[0].shape)
+            d_head = (constrain(d_head[0] + d_kernel_VD, places.vocabulary, None), d_bias_V)
+        return d_head, constrain((d_narrow_TV @ head_cast[0]).reshape(piece[0].shape), ROWS, None, None)
 
     def dead(d_head, piece):
         return d_head, jnp.zeros_like(piece[0])
@@ -178,12 +180,14 @@ _scores.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[dict[str, jax.Array], jax.Array]:
     """Go through the batch in chunks; returns the results [B, L] by name, and log Z as the pieces it came in."""
-    order_BL, columns = _plan(wanted_BL, flavour.chunk)
+    places = head_places(head[0].shape[0])
+    order_BL, columns = _plan(wanted_BL, flavour.chunk * places.times)
     pieces = tuple(_cut(x, order_BL, columns) for x in (hidden_BLD, targets_BL, wanted_BL))
-    head_cast = (head[0].astype(hidden_BLD.dtype), head[1])
+    head_cast = (constrain(head[0].astype(hidden_BLD.dtype), places.vocabulary, None), head[1])
 
     def live(piece):
         hidden_TD, targets_T, _ = (x.reshape(-1, *x.shape[2:]) for x in piece)
+        hidden_TD = constrain(hidden_TD, places.tokens, None)
         found, log_z_T = _chunk_scores(_logits(hidden_TD, head_cast, flavour), targets_T, flavour.also)
         wanted = piece[2]
         found = {name: jnp.where(wanted, x_T.reshape(wanted.shape), 0.0) for name, x_T in found.items()}
@@ -247,7 +251,8 @@ def _logits(hidden_TD: jax.Array, head, flavour: Flavour) -> jax.Array:
         logits_TV = softcap * jnp.tanh(logits_TV / softcap)
     if flavour.temperature != 1:
         logits_TV /= flavour.temperature
-    return constrain(logits_TV, ROWS, "tensor")
+    places = head_places(kernel_VD.shape[0])
+    return constrain(logits_TV, places.tokens, places.vocabulary)
 
 
 def _plan(wanted_BL: jax.Array, chunk: int) -> tuple[jax.Array, int]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.sharding import ROWS, constrain
+from models.sharding import ROWS, constrain, head_places
 
 
 class Sum(NamedTuple):
@@ -116,7 +116,8 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
     head_VD, bias_V = head
     order_BL = jnp.argsort(weights_BL == 0, axis=1, stable=True)  # supervised tokens to the front of each row
     hidden_BLD = jnp.take_along_axis(hidden_BLD, order_BL[:, :, None], axis=1)
-    columns = max(1, min(L, flavour.chunk // B))
+    places = head_places(head_VD.shape[0])
+    columns = max(1, min(L, flavour.chunk * places.times // B))
     steps = -(-L // columns)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -128,15 +129,18 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
         cut(jnp.take_along_axis(targets_BL, order_BL, axis=1)),
         cut(jnp.take_along_axis(weights_BL, order_BL, axis=1)),
     )
-    head_cast_VD = head_VD.astype(hidden_BLD.dtype)
+    head_cast_VD = constrain(head_VD.astype(hidden_BLD.dtype), places.vocabulary, None)
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     d_head: Any = jax.tree.map(wide, head) if gradients else None
+    if d_head is not None:
+        d_head = (constrain(d_head[0], places.vocabulary, None), d_head[1])
 
     def body(carry, piece):
         return jax.lax.cond((piece[2] > 0).any(), live, dead, carry, piece)
 
     def live(carry, piece):
-        hidden_TD, targets_T, weights_T = piece[0].reshape(-1, D), piece[1].reshape(-1), piece[2].reshape(-1)
+        targets_T, weights_T = (constrain(x.reshape(-1), places.tokens) for x in piece[1:])
+        hidden_TD = constrain(piece[0].reshape(-1, D), places.tokens, None)
         sums, d_head = carry
         found, d_logits_TV = _chunk_sums(hidden_TD, (head_cast_VD, bias_V), targets_T, weights_T, flavour)
         sums = TokenSums(*(a + b for a, b in zip(sums, found, strict=True)))
@@ -146,7 +150,8 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
         d_logits_TV = d_logits_TV.astype(hidden_TD.dtype)
         d_hidden_TD = d_logits_TV @ head_cast_VD
         d_kernel_VD = jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
-        return (sums, (d_head[0] + d_kernel_VD, d_bias_V)), d_hidden_TD.reshape(piece[0].shape)
+        d_kernel_VD = constrain(d_head[0] + d_kernel_VD, places.vocabulary, None)
+        return (sums, (d_kernel_VD, d_bias_V)), constrain(d_hidden_TD.reshape(piece[0].shape), ROWS, None, None)
 
     def dead(carry, piece):
         return carry, jnp.zeros_like(piece[0]) if gradients else None
@@ -169,7 +174,8 @@ def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tupl
         logits_TV += bias_V.astype(jnp.float32)[None, :]
     if cap is not None:
         logits_TV = cap * jnp.tanh(logits_TV / cap)
-    logits_TV = constrain(logits_TV, ROWS, "tensor")
+    places = head_places(head_VD.shape[0])
+    logits_TV = constrain(logits_TV, places.tokens, places.vocabulary)
     highest_T = logits_TV.max(axis=-1)
     shifted_TV = logits_TV - highest_T[:, None]
     exp_TV = jnp.exp(shifted_TV)
