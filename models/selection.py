@@ -150,12 +150,15 @@ def frozen_leaves(names: Names, layers: Sequence[str]) -> frozenset[str]:
     be a regular expression; or of one of PARTS, of a model that has it.
     """
     found: set[str] = set()
+    sees = any(map(PARTS["vision_encoder"], names.tensors))
     for layer in layers:
         key = "model.freeze_layers"
-        if layer in PARTS and any(map(PARTS["vision_encoder"], names.tensors)):
+        if layer in PARTS and sees:
             found |= set(filter(PARTS[layer], names.tensors))
             continue
-        pattern = re.compile(rf"(?:{_compiled(layer, key).pattern})(?:\..*)?")
+        # Up to transformers 4.51 the parts of a model that sees stood at its root, one step above where they are.
+        root = r"(?:model\.)?" if sees else ""
+        pattern = re.compile(rf"{root}(?:{_compiled(layer, key).pattern})(?:\..*)?")
         matched = _of_all_layers(names.tensors, pattern.fullmatch, layer)
         if not matched:
             parts = {above for each in names.tensors.values() for above in _above(each[0])}

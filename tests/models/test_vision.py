@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from models.decoder import Compute, abstract_params, head, hidden_states
 from models.families import AsStored, decoder_config, table_of
 from models.generate import complete
-from models.selection import names_of
+from models.selection import frozen_leaves, names_of
 from models.sharding import make_mesh, parameter_shardings, paths
 from models.shards import find_place
 from models.vision import Shown, computed
@@ -225,3 +225,20 @@ def test_answers_to_prompts_with_pictures_are_those_of_transformers(family):
             0, len(prompt) :
         ]
         assert found[row].ids == found[row + len(prompts)].ids == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "parts"),
+    [
+        ("qwen2_5_vl", "visual", {"vision", "projector"}),
+        ("mllama", "vision_model", {"vision"}),
+        ("idefics3", "vision_model", {"vision"}),
+        ("llava, CLIP", "multi_modal_projector", {"projector"}),
+    ],
+    indirect=["family"],
+)
+def test_parts_are_frozen_by_their_names_of_older_versions(family, name, parts):
+    hf_config = json.loads((family[1] / "config.json").read_text())
+    names = names_of(decoder_config(hf_config), hf_config)
+    expected = {path for path in names.tensors if path.split("/")[0] in parts}
+    assert frozen_leaves(names, [name]) == expected
