@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.hlo import collectives
 from models.config import Compute, DecoderConfig, Layer
 from models.decoder import abstract_params, init_params
 from models.rope import Rope
@@ -135,6 +136,24 @@ def test_the_trajectory_does_not_depend_on_mesh_accumulation_or_packing(mesh, ac
     found, params = trajectory(MESHES[mesh], accumulation=accumulation, packed=packed)
     np.testing.assert_allclose(found, plain[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, plain[1])
+
+
+def test_devices_say_to_one_another_what_they_must_and_no_more():
+    mesh = make_mesh(MESHES["fsdp 8"])
+    step, own = built(mesh), abstract_params(CONFIG, dtype=jnp.float32)
+    state, host = jax.eval_shape(step.init.jitted, own), batch(0, accumulation=1, packed=True)
+    with jax.set_mesh(mesh):
+        found = collectives(step.train.jitted.lower(state, None, host).compile().as_text())
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(own))
+    kernels = 2 * 7 * CONFIG.layers  # of every layer, once forward and once backward
+    assert kernels <= found["all-gather"].runs <= kernels + 4  # what is looked up, and hidden states for the vocabulary
+    assert found["all-gather"].bytes < 2.5 * size
+    assert found["all-reduce"].runs <= 8  # of a layer's gradients, of the embedding's, and of sums
+    assert found["all-reduce"].bytes < 1.8 * size
+    assert (
+        found["all-to-all"].bytes < 0.2 * size
+    )  # the head, from parts of its width to parts of the vocabulary, and back
+    assert found.keys() == {"all-gather", "all-reduce", "all-to-all"}
 
 
 def test_recomputing_activations_does_not_change_the_trajectory(plain):
