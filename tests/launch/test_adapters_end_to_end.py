@@ -140,6 +140,7 @@ def test_an_adapter_answers_as_the_model_it_was_merged_into(files, trained):
     assert answers[0].stdout == answers[1].stdout
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_training_from_its_folder(files, trained):
     output = files / "further"
     done = train(files, output, "--model.model_name", str(trained), "--training.max_steps", "2", "--peft.lora_r", "8")
@@ -170,6 +171,7 @@ def test_a_module_trained_whole_beside_a_quantised_model_is_trained_and_saved(fi
     assert 0 < np.abs(saved[f"base_model.model.{name}"] - before[name].astype(np.float32)).max() < 0.1
 
 
+@pytest.mark.slow
 def test_frozen_layers_come_out_as_they_went_in(files, tiny_chat_model):
     output, frozen = files / "frozen", "[model.embed_tokens, '.*[.]self_attn']"
     words = ("--training.max_steps", "2", "--training.save_steps", "2", "--model.freeze_layers", frozen)

@@ -126,6 +126,7 @@ def test_the_page_on_pretraining_trains_as_it_stands(files, tiny_chat_model, tmp
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_page_on_fine_tuning_trains_as_it_stands(conversations, tiny_chat_model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
     (tmp_path / "page.yaml").write_text(CHATS.format(model=tiny_chat_model, rows=tmp_path / "rows.jsonl"))

@@ -133,6 +133,7 @@ def adapted(trained, tiny_seeing_model, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "model", folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torchvision is not there
 def test_beside_an_adapter_lies_what_prepares_its_pictures(adapted, coloured_rows):
     from PIL import Image
@@ -150,6 +151,7 @@ def test_beside_an_adapter_lies_what_prepares_its_pictures(adapted, coloured_row
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.slow
 def test_an_adapter_beside_the_tower_learns_and_peft_has_the_same_model(adapted, tmp_path):
     from peft import PeftModel
 

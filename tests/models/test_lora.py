@@ -184,6 +184,7 @@ def test_dropout_drops_that_share_and_keeps_the_mean():
     assert (y == 0).mean() == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_step_and_microbatch_and_not_on_devices():
     lora = Lora(rank=2, alpha=4, dropout=0.5, init="random", modules=(Q, V))
     parts = adapted(lora)

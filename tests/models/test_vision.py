@@ -38,9 +38,12 @@ from tests.vision_families import (
 
 
 # SmolVLM is Idefics3 by another name, Qwen2-VL is Qwen2.5-VL without windows, and the tests are many.
+SLOW = ("smolvlm", "qwen2_vl", "llava, SigLIP", "llava, CLIP, all outputs of two layers")
+
+
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in ("smolvlm", "qwen2_vl") else ()) for name in FAMILIES],
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES],
 )
 def family(request, tmp_path_factory) -> tuple[Family, Path, Any]:
     """A family, a folder that transformers saved, and its model."""
@@ -101,7 +104,9 @@ def theirs(family: Family, model: Any, given: dict[str, np.ndarray], weights: np
     return logits.detach().numpy()
 
 
-@pytest.mark.parametrize("pictures", [True, False], ids=["pictures", "text only"])
+@pytest.mark.parametrize(
+    "pictures", [pytest.param(True, id="pictures"), pytest.param(False, id="text only", marks=pytest.mark.slow)]
+)
 def test_logits_and_gradients_are_those_of_transformers(family, pictures, tmp_path):
     chosen, folder, model = family
     given = rows(chosen, pictures=pictures)

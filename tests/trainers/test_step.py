@@ -118,15 +118,15 @@ def plain() -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "packed"),
     [
-        ("one device", 2, False),
+        pytest.param("one device", 2, False, marks=pytest.mark.slow),
         ("one device", 4, False),
         ("one device", 1, True),
-        ("fsdp 8", 1, False),
+        pytest.param("fsdp 8", 1, False, marks=pytest.mark.slow),
         ("fsdp 8", 4, False),
         ("fsdp 8", 2, True),
         ("fsdp 4 × tensor 2", 1, True),
         ("fsdp 4 × tensor 2", 4, False),
-        ("data 2 × fsdp 2 × tensor 2", 1, False),
+        pytest.param("data 2 × fsdp 2 × tensor 2", 1, False, marks=pytest.mark.slow),
         ("data 2 × fsdp 2 × tensor 2", 2, True),
         ("data 2 × fsdp 2 × tensor 2", 4, True),
         ("fsdp 2 × tensor 2 × context 2", 2, True),
