@@ -36,7 +36,6 @@ from tests.vision_families import (
     types_of,
 )
 
-
 # SmolVLM is Idefics3 by another name, Qwen2-VL is Qwen2.5-VL without windows, and the tests are many.
 SLOW = ("smolvlm", "qwen2_vl", "llava, SigLIP", "llava, CLIP, all outputs of two layers")
 
