@@ -111,7 +111,7 @@ def _lines(config: ConfigDict, goal: Target, console: Console) -> Iterator[tuple
     yield "temporaries", f"{found.temporaries / GIB:.2f} GiB a device: activations, gradients, what is gathered"
     yield from _verdict(found.arguments + found.temporaries + found.outputs, goal, "by the compiler")
     for kind, one in found.said.items():
-        yield kind, f"{one.runs:,} a step, {one.bytes / GIB:.3f} GiB a device"
+        yield kind, f"{one.runs:,} a step, {one.sent / GIB:.3f} GiB sent by a device"
     yield from _speed(config, model, mesh, goal, shapes, method, lasting, found.said)
     yield "compiled in", f"{found.seconds:.0f} s"
 
@@ -208,8 +208,8 @@ def compiled(config: ConfigDict, model: Model, mesh: Mesh, method: Method, shape
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if found := re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm\. Exceeded hbm capacity by [\d.]+\w+", str(error)):
-                raise TooLarge(f"{found[0]} (the compiler)") from None
+            if said := too_large(str(error)):
+                raise TooLarge(f"{said} (the compiler)") from None
             raise
     memory = program.memory_analysis()
     return Found(
@@ -219,6 +219,16 @@ def compiled(config: ConfigDict, model: Model, mesh: Mesh, method: Method, shape
         seconds=time.perf_counter() - begun,
         said=collectives(program.as_text()),
     )
+
+
+def too_large(message: str) -> str | None:
+    """What an error of the compiler says of memory that does not suffice; None where it is another."""
+    used, needed = (
+        r"Used [\d.]+\w+ of [\d.]+\w+ hbm\. Exceeded hbm capacity by [\d.]+\w+",
+        r"the total memory.*? HBM \(.*?\)",
+    )
+    found = re.search(f"{used}|{needed}", message)
+    return None if found is None else found[0]
 
 
 @contextlib.contextmanager
@@ -286,7 +296,7 @@ def _speed(
         "memory": (passes * lasting["parameters"] + 2 * lasting.get("optimizer", 0.0)) / goal.chip.hbm_rate,
     }
     if said is not None:
-        times["links between chips"] = sum(one.bytes for one in said.values()) / goal.chip.link_rate
+        times["links between chips"] = sum(one.sent for one in said.values()) / goal.chip.link_rate
     bound, seconds = max(times.items(), key=lambda item: item[1])
     useful = flops / (goal.chip.flops * goal.chips) / seconds
     yield "FLOPs of a step", f"{flops:.3g} by formula, {shapes.tokens:,} tokens"

@@ -4,6 +4,7 @@ import importlib.util
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs.load import load
@@ -53,15 +54,31 @@ PROGRAM = """
 }
 
 %body (p: (s32[])) -> (s32[]) {
-  %g = bf16[1,8,4]{2,1,0:T(8,128)} all-gather(%w), channel_id=7, dimensions={1}
+  %g = bf16[1,8,4]{2,1,0:T(8,128)} all-gather(%w), channel_id=7, replica_groups=[2,4]<=[8], dimensions={1}
+  %beside = (s32[]) while(%t), condition=%cond, body=%piece
 }
 
 %piece (p: bf16[8]) -> bf16[8] {
-  %h = bf16[1,8,4]{2,1,0} all-gather(%w), channel_id=7, dimensions={1}
+  %h = bf16[1,8,4]{2,1,0} all-gather(%w), channel_id=7, replica_groups=[2,4]<=[8], dimensions={1}
 }
 
 %all-reduce-scatter.1 (input: f32[16,4]) -> f32[16,1] {
-  %s = f32[16,4]{1,0} all-reduce(%input), channel_id=8, to_apply=%add
+  %s = f32[16,4]{1,0} all-reduce(%input), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%two_cond (p: (s32[], u32[])) -> pred[] {
+  %m = u32[]{:T(128)} constant(8)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.1, %m), direction=LT
+}
+
+%two_turns_in_one (p: (s32[], u32[])) -> (s32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %e = bf16[8]{0} all-to-all(%x), channel_id=9, replica_groups=mesh['x'=2,'y'=8] {'y'}, dimensions={0}
+  %alone = bf16[8]{0} all-to-all(%x), channel_id=10, replica_groups=mesh['x'=1,'y'=8] {'x'}, dimensions={0}
+  %j.2 = u32[]{:T(128)} add(%j, %two), metadata={op_name="add"}
+  ROOT %t = (s32[], u32[]{:T(128)}) tuple(%x, /*index=1*/%j.2)
 }
 
 %known (p: (s32[])) -> (s32[]) {
@@ -70,21 +87,52 @@ PROGRAM = """
 
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w1 = (s32[]) while(%t), condition=%cond, body=%body
-  %f = bf16[8] fusion(%t), kind=kLoop, calls=%piece
   %q = f32[16,1] fusion(%t), calls=%all-reduce-scatter.1
   %w2 = (s32[]) while(%t), condition=%other, body=%known, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %a = (f32[], f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+  %w3 = (s32[], u32[]) while(%t), condition=%two_cond, body=%two_turns_in_one
+  ROOT %a = (f32[], f32[2]{0}) all-reduce(%x, %y), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 """
 
 
 def test_collectives_are_counted_as_often_as_their_loops_run_and_pieces_once():
     assert collectives(PROGRAM) == {
-        "all-gather": Collective(6, 6 * 64),
-        "all-reduce": Collective(1, 4 + 8),
-        "reduce-scatter": Collective(1, 256),
-        "collective-permute": Collective(3, 3 * 8),
+        "all-gather": Collective(6, 6 * 64, 6 * 48),  # three of four parts are sent on
+        "all-reduce": Collective(1, 4 + 8, 18),  # twice three of four parts
+        "reduce-scatter": Collective(1, 256, 192),
+        "all-to-all": Collective(4, 4 * 16, 4 * 14),  # the one of one device is none
+        "collective-permute": Collective(3, 3 * 8, 3 * 8),
     }
+
+
+def test_the_text_that_this_xla_writes_is_understood():
+    mesh = make_mesh({"fsdp": 8})
+    rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)) for spec in (("fsdp",), ()))
+
+    def summed_five_times(x):
+        return jax.lax.scan(
+            lambda total, _: (total + jax.lax.reduce(x * total[None, :], 0.0, jax.lax.add, (0,)), None),
+            x[0],
+            None,
+            length=5,
+        )[0]
+
+    shape = jax.ShapeDtypeStruct((16, 100), jnp.float32, sharding=rows)
+    found = collectives(jax.jit(summed_five_times, out_shardings=whole).lower(shape).compile().as_text())
+    assert found["all-reduce"].runs >= 5
+    assert found["all-reduce"].sent == 2 * 7 / 8 * found["all-reduce"].bytes
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 20.47G of 15.75G hbm. Exceeded hbm capacity by 4.72G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (15.9G) exceeds available HBM (15.7G)",
+    ],
+)
+def test_the_compilers_answers_that_memory_does_not_suffice_are_known(message):
+    assert plan.too_large(f"RESOURCE_EXHAUSTED: {message} And more.") in message
+    assert plan.too_large("INTERNAL: something else of 3.0G") is None
 
 
 def config_of(model, tmp_path, *options: str):
