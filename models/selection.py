@@ -156,7 +156,7 @@ def frozen_leaves(names: Names, layers: Sequence[str]) -> frozenset[str]:
         if layer in PARTS and sees:
             found |= set(filter(PARTS[layer], names.tensors))
             continue
-        # Up to transformers 4.51 the parts of a model that sees stood at its root, one step above where they are.
+        # In older versions of transformers the parts of a model that sees stood one step further up, at its root.
         root = r"(?:model\.)?" if sees else ""
         pattern = re.compile(rf"{root}(?:{_compiled(layer, key).pattern})(?:\..*)?")
         matched = _of_all_layers(names.tensors, pattern.fullmatch, layer)

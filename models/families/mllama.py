@@ -1,7 +1,7 @@
 """Llama 3.2 Vision: tiles of pictures through a tower in two parts, which Llama looks at from every fifth layer or so.
 
 Which outputs of the tower's layers are features is counted as transformers 5 counts `intermediate_layers_indices`: 3 is
-the output of layer 3, the fourth one. (Up to 4.55 it was that layer's input, and in vLLM it is.)
+the output of layer 3, the fourth one. (In transformers 4.49 it was that layer's input.)
 """
 
 from collections.abc import Mapping
