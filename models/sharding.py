@@ -11,7 +11,7 @@ import contextvars
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -129,29 +129,6 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, dividing_spec(x.shape, *axes))
-
-
-class HeadPlaces(NamedTuple):
-    """How products with the vocabulary are split: tokens over these axes, the vocabulary over those; and how many times
-    as many tokens can be computed at once as on one device.
-    """
-
-    tokens: tuple[str, ...]
-    vocabulary: tuple[str, ...]
-    times: int
-
-
-def head_places(vocabulary: int) -> HeadPlaces:
-    """Where a head of so many tokens is computed on the mesh of `jax.set_mesh`.
-
-    With `fsdp`, each device has a part of the vocabulary and meets the tokens of all: what moves are hidden states and
-    their gradients, and neither the whole head nor, chunk by chunk, its whole gradient. A vocabulary that the axis does
-    not divide is whole everywhere, and each device's tokens are its own.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1 or vocabulary % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
-        return HeadPlaces(ROWS, ("tensor",), 1)
-    return HeadPlaces(("data", "expert"), ("tensor", "fsdp"), max(1, replicas(mesh) // 4))
 
 
 def dividing_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> P:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from models.sharding import ROWS, constrain, head_places
+from trainers.chunks import chunks_of, given_back, mean_of_words, seen_by_all, split_logits, split_vocabulary
 
 ALSO = ("entropy", "mean_logit", "correct", "log_sum_squares")
 
@@ -133,34 +133,35 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
     if not asked:
         return None, None, None, None
     asked = {name: jnp.where(wanted_BL, x_BL, 0.0) for name, x_BL in asked.items()}
-    places = head_places(head[0].shape[0])
-    order_BL, columns = _plan(wanted_BL, flavour.chunk * places.times)
+    V, chunks = head[0].shape[0], chunks_of(wanted_BL, flavour.chunk)
     pieces = (
-        _cut(hidden_BLD, order_BL, columns),
-        _cut(targets_BL, order_BL, columns),
+        chunks.cut(hidden_BLD),
+        chunks.cut(targets_BL),
         log_z_pieces,
-        {name: _cut(x_BL, order_BL, columns) for name, x_BL in asked.items()},
+        {name: chunks.cut(x_BL) for name, x_BL in asked.items()},
     )
-    head_cast = (constrain(head[0].astype(hidden_BLD.dtype), places.vocabulary, None), head[1])
+    narrow = _narrow(head, hidden_BLD.dtype)
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
-    d_head: Any = None if trained is None else jax.tree.map(wide, head)
+    d_head: Any = None if trained is None else jax.tree.map(lambda leaf: split_vocabulary(wide(leaf)), narrow)
 
     def live(d_head, piece):
-        hidden_TD, targets_T, log_z_T, asked_T = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), piece)
-        hidden_TD = constrain(hidden_TD, places.tokens, None)
-        logits_TV = _logits(hidden_TD, head_cast, flavour)
+        hidden_TD, targets_T, log_z_T, asked_T = seen_by_all(piece)
+        logits_TV = _logits(hidden_TD, narrow, flavour, vocabulary=V)
         d_logits_TV = _chunk_gradient(logits_TV, targets_T, log_z_T, asked_T)
         if flavour.temperature != 1:
             d_logits_TV /= flavour.temperature
             logits_TV *= flavour.temperature
         if flavour.softcap is not None:
             d_logits_TV *= 1 - jnp.square(logits_TV / flavour.softcap)
+        if logits_TV.shape[1] != V:
+            d_logits_TV = jnp.where((jnp.arange(logits_TV.shape[1]) < V)[None, :], d_logits_TV, 0.0)
         d_narrow_TV = d_logits_TV.astype(hidden_TD.dtype)
         if d_head is not None:
             d_kernel_VD = jnp.einsum("tv,td->vd", d_narrow_TV, hidden_TD, preferred_element_type=jnp.float32)
-            d_bias_V = None if head[1] is None else d_head[1] + d_logits_TV.sum(axis=0)
-            d_head = (constrain(d_head[0] + d_kernel_VD, places.vocabulary, None), d_bias_V)
-        return d_head, constrain((d_narrow_TV @ head_cast[0]).reshape(piece[0].shape), ROWS, None, None)
+            d_bias_V = None if d_head[1] is None else d_head[1] + d_logits_TV.sum(axis=0)
+            d_head = (split_vocabulary(d_head[0] + d_kernel_VD), d_bias_V)
+        d_hidden_TD = jnp.einsum("tv,vd->td", d_narrow_TV, narrow[0], preferred_element_type=jnp.float32)
+        return d_head, given_back(d_hidden_TD, piece[0])
 
     def dead(d_head, piece):
         return d_head, jnp.zeros_like(piece[0])
@@ -171,8 +172,8 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
 
     d_head, d_pieces = jax.lax.scan(body, d_head, pieces)
     if d_head is not None:
-        d_head = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), d_head, head)
-    return _joined(d_pieces, order_BL), d_head, None, None
+        d_head = jax.tree.map(lambda d, leaf: d[:V].astype(leaf.dtype), d_head, head)
+    return chunks.joined(d_pieces, targets_BL.shape), d_head, None, None
 
 
 _scores.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -180,15 +181,14 @@ _scores.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[dict[str, jax.Array], jax.Array]:
     """Go through the batch in chunks; returns the results [B, L] by name, and log Z as the pieces it came in."""
-    places = head_places(head[0].shape[0])
-    order_BL, columns = _plan(wanted_BL, flavour.chunk * places.times)
-    pieces = tuple(_cut(x, order_BL, columns) for x in (hidden_BLD, targets_BL, wanted_BL))
-    head_cast = (constrain(head[0].astype(hidden_BLD.dtype), places.vocabulary, None), head[1])
+    V, chunks = head[0].shape[0], chunks_of(wanted_BL, flavour.chunk)
+    pieces = tuple(map(chunks.cut, (hidden_BLD, targets_BL, wanted_BL)))
+    narrow = _narrow(head, hidden_BLD.dtype)
 
     def live(piece):
-        hidden_TD, targets_T, _ = (x.reshape(-1, *x.shape[2:]) for x in piece)
-        hidden_TD = constrain(hidden_TD, places.tokens, None)
-        found, log_z_T = _chunk_scores(_logits(hidden_TD, head_cast, flavour), targets_T, flavour.also)
+        hidden_TD, targets_T, _ = seen_by_all(piece)
+        logits_TV = _logits(hidden_TD, narrow, flavour, vocabulary=V)
+        found, log_z_T = _chunk_scores(logits_TV, targets_T, flavour.also, vocabulary=V)
         wanted = piece[2]
         found = {name: jnp.where(wanted, x_T.reshape(wanted.shape), 0.0) for name, x_T in found.items()}
         return found, log_z_T.reshape(wanted.shape)  # log Z of all: e^logits / Z must be finite in the backward pass
@@ -201,22 +201,28 @@ def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[d
         return None, jax.lax.cond(piece[2].any(), live, dead, piece)
 
     _, (found, log_z_pieces) = jax.lax.scan(body, None, pieces)
-    return {name: _joined(x, order_BL) for name, x in found.items()}, log_z_pieces
+    return {name: chunks.joined(x, targets_BL.shape) for name, x in found.items()}, log_z_pieces
 
 
-def _chunk_scores(logits_TV: jax.Array, targets_T: jax.Array, also: Sequence[str]):
+def _narrow(head, dtype: Any):
+    """The head in the dtype of the products, each device with its part."""
+    return split_vocabulary(head[0].astype(dtype)), None if head[1] is None else split_vocabulary(head[1])
+
+
+def _chunk_scores(logits_TV: jax.Array, targets_T: jax.Array, also: Sequence[str], *, vocabulary: int):
     """What `token_scores` says of the tokens of a chunk, and their log Z."""
     highest_T = logits_TV.max(axis=-1)
     shifted_TV = logits_TV - highest_T[:, None]
     exp_TV = jnp.exp(shifted_TV)
     total_T = exp_TV.sum(axis=-1)
     lse_T = jnp.log(total_T)
-    label_T = jnp.take_along_axis(shifted_TV, targets_T[:, None], axis=-1)[:, 0]
+    is_label_TV = jnp.arange(logits_TV.shape[1])[None, :] == targets_T[:, None]
+    label_T = jnp.where(is_label_TV, shifted_TV, 0.0).sum(axis=-1)
     found = {"logprob": label_T - lse_T}
     if "entropy" in also:
         found["entropy"] = lse_T - (exp_TV * shifted_TV).sum(axis=-1) / total_T
     if "mean_logit" in also:
-        found["mean_logit"] = logits_TV.mean(axis=-1)
+        found["mean_logit"] = mean_of_words(logits_TV, vocabulary)
     if "correct" in also:
         found["correct"] = (logits_TV.argmax(axis=-1) == targets_T).astype(jnp.float32)
     if "log_sum_squares" in also:
@@ -240,7 +246,7 @@ def _chunk_gradient(logits_TV: jax.Array, targets_T: jax.Array, log_z_T: jax.Arr
     return functools.reduce(jnp.add, found)
 
 
-def _logits(hidden_TD: jax.Array, head, flavour: Flavour) -> jax.Array:
+def _logits(hidden_TD: jax.Array, head, flavour: Flavour, *, vocabulary: int) -> jax.Array:
     """Logits of a chunk [T, V], float32, capped and by the temperature."""
     kernel_VD, bias_V = head
     softcap = flavour.softcap
@@ -251,28 +257,4 @@ def _logits(hidden_TD: jax.Array, head, flavour: Flavour) -> jax.Array:
         logits_TV = softcap * jnp.tanh(logits_TV / softcap)
     if flavour.temperature != 1:
         logits_TV /= flavour.temperature
-    places = head_places(kernel_VD.shape[0])
-    return constrain(logits_TV, places.tokens, places.vocabulary)
-
-
-def _plan(wanted_BL: jax.Array, chunk: int) -> tuple[jax.Array, int]:
-    """The order that brings each row's wanted tokens to its front, and how many columns a chunk has."""
-    B, L = wanted_BL.shape
-    return jnp.argsort(~wanted_BL, axis=1, stable=True), max(1, min(L, chunk // B))
-
-
-def _cut(x: jax.Array, order_BL: jax.Array, columns: int) -> jax.Array:
-    """[B, L, …] in this order, padded with zeros, as pieces [steps, B, columns, …]."""
-    B, L = order_BL.shape
-    steps = -(-L // columns)
-    x = jnp.take_along_axis(x, order_BL.reshape(B, L, *(1,) * (x.ndim - 2)), axis=1)
-    x = jnp.pad(x, [(0, 0), (0, steps * columns - L)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, steps, columns, *x.shape[2:]), 1, 0)
-
-
-def _joined(pieces: jax.Array, order_BL: jax.Array) -> jax.Array:
-    """The inverse of `_cut`."""
-    B, L = order_BL.shape
-    x = jnp.moveaxis(pieces, 0, 1).reshape(B, -1, *pieces.shape[3:])[:, :L]
-    back_BL = jnp.argsort(order_BL, axis=1)
-    return jnp.take_along_axis(x, back_BL.reshape(B, L, *(1,) * (x.ndim - 2)), axis=1)
+    return split_logits(logits_TV, vocabulary)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.sharding import ROWS, constrain, head_places
+from trainers.chunks import chunks_of, given_back, mean_of_words, seen_by_all, split_logits, split_vocabulary
 
 
 class Sum(NamedTuple):
@@ -112,46 +112,27 @@ _token_sums.defvjp(_forward, _backward)
 
 def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradients: bool):
     """Go through the batch in chunks; returns the sums and, if asked, the gradients of their `loss`."""
-    B, L, D = hidden_BLD.shape
-    head_VD, bias_V = head
-    order_BL = jnp.argsort(weights_BL == 0, axis=1, stable=True)  # supervised tokens to the front of each row
-    hidden_BLD = jnp.take_along_axis(hidden_BLD, order_BL[:, :, None], axis=1)
-    places = head_places(head_VD.shape[0])
-    columns = max(1, min(L, flavour.chunk * places.times // B))
-    steps = -(-L // columns)
-
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, steps * columns - L)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, steps, columns, *x.shape[2:]), 1, 0)
-
-    pieces = (
-        cut(hidden_BLD),
-        cut(jnp.take_along_axis(targets_BL, order_BL, axis=1)),
-        cut(jnp.take_along_axis(weights_BL, order_BL, axis=1)),
-    )
-    head_cast_VD = constrain(head_VD.astype(hidden_BLD.dtype), places.vocabulary, None)
+    V, shape, chunks = head[0].shape[0], targets_BL.shape, chunks_of(weights_BL != 0, flavour.chunk)
+    pieces = tuple(map(chunks.cut, (hidden_BLD, targets_BL, weights_BL)))
+    narrow = split_vocabulary(head[0].astype(hidden_BLD.dtype)), None if head[1] is None else split_vocabulary(head[1])
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
-    d_head: Any = jax.tree.map(wide, head) if gradients else None
-    if d_head is not None:
-        d_head = (constrain(d_head[0], places.vocabulary, None), d_head[1])
+    d_head: Any = jax.tree.map(lambda leaf: split_vocabulary(wide(leaf)), narrow) if gradients else None
 
     def body(carry, piece):
         return jax.lax.cond((piece[2] > 0).any(), live, dead, carry, piece)
 
     def live(carry, piece):
-        targets_T, weights_T = (constrain(x.reshape(-1), places.tokens) for x in piece[1:])
-        hidden_TD = constrain(piece[0].reshape(-1, D), places.tokens, None)
+        hidden_TD, targets_T, weights_T = seen_by_all(piece)
         sums, d_head = carry
-        found, d_logits_TV = _chunk_sums(hidden_TD, (head_cast_VD, bias_V), targets_T, weights_T, flavour)
+        found, d_logits_TV = _chunk_sums(hidden_TD, narrow, targets_T, weights_T, flavour, vocabulary=V)
         sums = TokenSums(*(a + b for a, b in zip(sums, found, strict=True)))
         if not gradients:
             return (sums, None), None
-        d_bias_V = None if bias_V is None else d_head[1] + d_logits_TV.sum(axis=0)
+        d_bias_V = None if d_head[1] is None else d_head[1] + d_logits_TV.sum(axis=0)
         d_logits_TV = d_logits_TV.astype(hidden_TD.dtype)
-        d_hidden_TD = d_logits_TV @ head_cast_VD
+        d_hidden_TD = jnp.einsum("tv,vd->td", d_logits_TV, narrow[0], preferred_element_type=jnp.float32)
         d_kernel_VD = jnp.einsum("tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32)
-        d_kernel_VD = constrain(d_head[0] + d_kernel_VD, places.vocabulary, None)
-        return (sums, (d_kernel_VD, d_bias_V)), constrain(d_hidden_TD.reshape(piece[0].shape), ROWS, None, None)
+        return (sums, (split_vocabulary(d_head[0] + d_kernel_VD), d_bias_V)), given_back(d_hidden_TD, piece[0])
 
     def dead(carry, piece):
         return carry, jnp.zeros_like(piece[0]) if gradients else None
@@ -160,13 +141,12 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
     (sums, d_head), d_pieces = jax.lax.scan(body, (TokenSums(zero, zero, zero, zero), d_head), pieces)
     if not gradients:
         return sums, None, None
-    d_sorted_BLD = jnp.moveaxis(d_pieces, 0, 1).reshape(B, steps * columns, D)[:, :L]
-    back_BL = jnp.argsort(order_BL, axis=1)
-    d_hidden_BLD = jnp.take_along_axis(d_sorted_BLD, back_BL[:, :, None], axis=1)
-    return sums, d_hidden_BLD, jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), d_head, head)
+    return sums, chunks.joined(d_pieces, shape), jax.tree.map(lambda d, leaf: d[:V].astype(leaf.dtype), d_head, head)
 
 
-def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tuple[TokenSums, jax.Array]:
+def _chunk_sums(
+    hidden_TD, head, targets_T, weights_T, flavour: Flavour, *, vocabulary: int
+) -> tuple[TokenSums, jax.Array]:
     """The sums of one chunk, and the gradient of its `loss` with respect to the logits [T, V], float32."""
     (head_VD, bias_V), cap = head, flavour.softcap
     logits_TV = jnp.einsum("td,vd->tv", hidden_TD, head_VD, preferred_element_type=jnp.float32)
@@ -174,19 +154,18 @@ def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tupl
         logits_TV += bias_V.astype(jnp.float32)[None, :]
     if cap is not None:
         logits_TV = cap * jnp.tanh(logits_TV / cap)
-    places = head_places(head_VD.shape[0])
-    logits_TV = constrain(logits_TV, places.tokens, places.vocabulary)
+    logits_TV = split_logits(logits_TV, vocabulary)
     highest_T = logits_TV.max(axis=-1)
     shifted_TV = logits_TV - highest_T[:, None]
     exp_TV = jnp.exp(shifted_TV)
     total_T = exp_TV.sum(axis=-1)
     lse_T = jnp.log(total_T)
     is_label_TV = jnp.arange(head_VD.shape[0])[None, :] == targets_T[:, None]
-    label_T = jnp.take_along_axis(shifted_TV, targets_T[:, None], axis=-1)[:, 0]
+    label_T = jnp.where(is_label_TV, shifted_TV, 0.0).sum(axis=-1)
     nll_T = lse_T - label_T
     loss_T, smooth = nll_T, flavour.label_smoothing
     if smooth:
-        loss_T = (1 - smooth) * nll_T + smooth * (lse_T - shifted_TV.mean(axis=-1))
+        loss_T = (1 - smooth) * nll_T + smooth * (lse_T - mean_of_words(shifted_TV, vocabulary))
     entropy_T = lse_T - (exp_TV * shifted_TV).sum(axis=-1) / total_T
     counted_T = weights_T
     if flavour.detached_weight:
@@ -206,7 +185,9 @@ def _chunk_sums(hidden_TD, head, targets_T, weights_T, flavour: Flavour) -> tupl
         is_label_TV, ((1 - smooth) * weights_T)[:, None], 0.0
     )
     if smooth:
-        d_logits_TV -= (weights_T * (smooth / head_VD.shape[0]))[:, None]
+        d_logits_TV -= (weights_T * (smooth / vocabulary))[:, None]
     if cap is not None:
         d_logits_TV *= 1 - jnp.square(logits_TV / cap)
+    if head_VD.shape[0] != vocabulary:
+        d_logits_TV = jnp.where((jnp.arange(head_VD.shape[0]) < vocabulary)[None, :], d_logits_TV, 0.0)
     return sums, d_logits_TV

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.sharding import make_mesh
 from trainers.logprobs import token_logprobs
 from trainers.losses import Sum, cross_entropy
 
@@ -165,3 +166,23 @@ def test_the_likeliest_target_counts_as_right_with_a_cap_too(softcap):
     for offset, share in ((0, 1.0), (1, 0.0)):
         _, metrics = cross_entropy(hidden, head, (targets + offset) % 500, jnp.ones((2, 64)), softcap=softcap)
         assert metrics["mean_token_accuracy"].mean() == share
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 4}], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "softcap": 3.0}, {"z_loss": 0.1}], ids=str)
+def test_each_device_has_a_part_of_a_vocabulary_that_devices_do_not_divide(sizes, options):
+    hidden, head, targets, weights = made(3, 8, 12)  # eleven words, eight devices
+    bias = np.linspace(-1, 1, 11, dtype=np.float32)
+    mesh = make_mesh(sizes)
+
+    def loss(hidden, head, bias):
+        total, metrics = cross_entropy(hidden, head, targets, weights, bias_V=bias, chunk=32, **options)
+        return total.total, (metrics["entropy"].total, metrics["mean_token_accuracy"].total)
+
+    found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    alone = found(hidden, head, bias)
+    with jax.set_mesh(mesh):
+        together = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(hidden, head, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), together, alone)
