@@ -60,7 +60,9 @@ MODEL: Table = {
         read_as=DTYPE_NAMES,
         later=("float16", "float64", "uint8"),
     ),
-    "attn_implementation": Key(None, ("auto", "xla"), "how attention is computed; null: auto", read_as=ATTENTION_NAMES),
+    "attn_implementation": Key(
+        None, ("auto", "splash", "xla"), "how attention is computed; null: auto", read_as=ATTENTION_NAMES
+    ),
     "chat_template": Key(None, str, "name or file of a chat template; auto or null: the tokenizer's own"),
     "model_kwargs": Key({}, dict, "fields of the model's config.json to change"),
     "adapter_model": Key(None, str, "folder of a LoRA adapter to start from"),

@@ -16,7 +16,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -76,16 +76,15 @@ class _One(NamedTuple):
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each computation's name and lines."""
+    """Each computation's name and lines; a kernel among these brings lines of its own, with any brackets."""
     name, lines = "", list[str]()
     for line in text.splitlines():
-        if (begun := _COMPUTATION.match(line)) and not line.startswith(" "):
-            name, lines = begun[1], []
-        elif line.startswith("}") and name:
+        if begun := _COMPUTATION.match(line):
             yield name, lines
-            name = ""
-        elif name:
+            name, lines = begun[1], []
+        else:
             lines.append(line)
+    yield name, lines
 
 
 def _walk(name: str, bodies: Mapping[str, list[str]], times: int) -> Iterator[_One]:

@@ -203,7 +203,7 @@ def compiled(config: ConfigDict, model: Model, mesh: Mesh, method: Method, shape
     state = placed(jax.eval_shape(step.init.jitted, parts.trained), step.shardings)  # type: ignore[attr-defined]
     held = None if frozen is None else placed(frozen, parameter_shardings(frozen, mesh))
     begun = time.perf_counter()
-    with jax.set_mesh(mesh), compiled_for("tpu"), _no_cache():
+    with jax.set_mesh(mesh), compiled_for(mesh.devices.flat[0].platform), _no_cache():
         lowered = step.train.jitted.lower(state, held, abstract_batch(config, model, mesh, shapes))  # type: ignore[attr-defined]
         try:
             program = lowered.compile()

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.blockwise import MASKED, blockwise
 from models.sharding import platform
+from models.splash import splash
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128  # queries that are computed together, at least
 MOST_BLOCKS = 32  # of a row: each is compiled by itself
 WHOLE = 1 << 22  # scores of a head that are computed at once where every key may be in reach
-MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numbers and not NaN
 
 
 class Where(NamedTuple):
@@ -118,9 +119,12 @@ class Scores(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One way to compute attention; `refuses(platform)` is the reason it cannot run there, or None."""
+    """One way to compute attention. `refuses(platform)` is the reason it cannot run there, or None; `leaves(where,
+    reach)` what kind of attention it leaves to "xla", which computes every kind, or None.
+    """
 
     refuses: Callable[[str], str | None]
+    leaves: Callable[[Where | Seen, int | None], str | None]
     attend: Callable[..., jax.Array]
 
 
@@ -146,13 +150,22 @@ def attend(
     `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run
     is a ValueError.
     """
-    run = BACKENDS[pick(backend, platform())].attend
     scores = Scores(scale, window, softcap)
     if where.q_groups_BL is not None:
         reach = None  # a key may stand after its query
     elif reach is not None and window is not None and not where.branched:
         reach = min(reach, window)
-    return run(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
+    name = pick(backend, platform())
+    if (kind := BACKENDS[name].leaves(where, reach)) is not None:
+        _leave(name, kind)
+        name = "xla"
+    return BACKENDS[name].attend(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
+
+
+@functools.cache
+def _leave(name: str, kind: str) -> None:
+    """Say, once, what is computed otherwise."""
+    log.info("attention: xla instead of %s for %s", name, kind)
 
 
 @functools.cache
@@ -187,13 +200,18 @@ def _xla(
     scores: Scores,
     reach: int | None,
 ) -> jax.Array:
-    """Plain XLA, a block of queries at a time with the keys in its reach: memory grows with L, not with its square."""
+    """Plain XLA, a block of queries at a time with the keys in its reach; of long rows by blocks of keys too, so that
+    memory grows with L, not with its square.
+    """
     L, S = q_BLNH.shape[1], k_BSKH.shape[1]
     block = max(BLOCK, -(-L // MOST_BLOCKS))
     mesh = jax.sharding.get_abstract_mesh()
     around = where.around(scores.window)
     few = 2 * block >= L or (reach is None and around is None and L * S <= WHOLE)
-    if few or (not mesh.empty and mesh.shape["context"] > 1):
+    apart = not mesh.empty and mesh.shape["context"] > 1
+    if not few and L == S and around is None and isinstance(where, Where) and (apart or L > BLOCK * MOST_BLOCKS):
+        return blockwise(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
+    if few or apart:
         return _products(q_BLNH, k_BSKH, v_BSKH, sinks_N, where, scores)
     products = jax.checkpoint(_products, static_argnums=5)
     out = []
@@ -255,4 +273,33 @@ def _softmax_with_sink(scores_BKQS: jax.Array, sinks_BKQ1: jax.Array) -> jax.Arr
     return weights_BKQS / (weights_BKQS.sum(axis=-1, keepdims=True) + jnp.exp(sinks_BKQ1 - most))
 
 
-BACKENDS: dict[str, Backend] = {"xla": Backend(refuses=lambda platform: None, attend=_xla)}
+def _splash(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    where: Where,
+    scores: Scores,
+    reach: int,
+) -> jax.Array:
+    """JAX's kernel for TPUs; a window is within the reach."""
+    segments_BL, scale, softcap = where.q_segments_BL, scores.scale, scores.softcap
+    return splash(q_BLNH, k_BSKH, v_BSKH, segments_BL, sinks_N, scale=scale, softcap=softcap, reach=reach)
+
+
+def _not_causal(where: Where | Seen, reach: int | None) -> str | None:
+    """What kind of attention this is where it is more than that of each token to those of its segment before it."""
+    if isinstance(where, Seen):
+        return "looks at pictures"
+    if where.branched:
+        return "rows with branches"
+    return "queries and keys in different places, or that see both ways" if reach is None else None
+
+
+BACKENDS: dict[str, Backend] = {
+    "splash": Backend(
+        refuses=lambda platform: None if platform == "tpu" else "a kernel for TPUs", leaves=_not_causal, attend=_splash
+    ),
+    "xla": Backend(refuses=lambda platform: None, leaves=lambda where, reach: None, attend=_xla),
+}

@@ -241,8 +241,7 @@ def _run(
             x_BLD, deep = with_images(params, config.vision, x_BLD, images, compute)
         elif sight is None:
             road = road._replace(sight=sight_of(params, config, images, compute, keys=False))
-    # Cast before the scan: what fsdp gathers, layer by layer, is then in the compute dtype.
-    layers = cast(params["layers"], compute.dtype)
+    layers = params["layers"] if cache is None else cast(params["layers"], compute.dtype)
     looking = cast(params["looking"]["layers"], compute.dtype) if "looking" in params else None
     total: RouterStats | None = None
     if isinstance(layers, list):

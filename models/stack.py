@@ -69,6 +69,53 @@ def cast(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+@jax.custom_vjp
+def _narrow_gradient(leaf: jax.Array) -> jax.Array:
+    """Zeros in bfloat16 whose gradient is that of the leaf: where `_narrow` is used with both, the gradients of all
+    layers lie there in bfloat16, and not in float32.
+    """
+    return jnp.zeros(leaf.shape, jnp.bfloat16)
+
+
+_narrow_gradient.defvjp(lambda leaf: (_narrow_gradient(leaf), None), lambda _, d: (d.astype(jnp.float32),))
+
+
+@jax.custom_vjp
+def _narrow(weight: jax.Array, gradient: jax.Array) -> jax.Array:
+    """A layer's float32 weight in bfloat16; its gradient goes to `gradient`.
+
+    Rounded before it is cast, which XLA leaves in the loop over layers: of a cast alone it makes one of all layers,
+    before the loop, and so a second copy of the model.
+    """
+    return jax.lax.reduce_precision(weight, 8, 7).astype(jnp.bfloat16)
+
+
+_narrow.defvjp(lambda weight, gradient: (_narrow(weight, gradient), None), lambda _, d: (None, d))
+
+
+def narrow_gradients(layers: Params, dtype: Any) -> Any:
+    """For each leaf that `narrow` casts from float32 to bfloat16 where its gradient goes, and None for others."""
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array | None:
+        narrowed = path[-1].key not in (VALUES, SCALE) and (leaf.dtype, dtype) == (jnp.float32, jnp.bfloat16)
+        return _narrow_gradient(leaf) if narrowed else None
+
+    return jax.tree_util.tree_map_with_path(one, layers)
+
+
+def narrow(weights: Params, gradients: Any, dtype: Any) -> Params:
+    """`cast` of one layer's weights, inside the loop over layers: what fsdp gathers is then in the compute dtype, and
+    no other layer is there twice.
+    """
+    cast_late = jax.tree.map(
+        lambda gradient, weight: weight if gradient is None else _narrow(jax.lax.stop_gradient(weight), gradient),
+        gradients,
+        weights,
+        is_leaf=lambda gradient: gradient is None,
+    )
+    return cast(cast_late, dtype)
+
+
 def periods(each: Sequence[Layer]) -> Iterator[tuple[int, int, tuple[Layer, ...]]]:
     """Layers as few scans: (first layer, how often, which layers in a row); for five local layers and a global one, ten
     times over, one scan of 10 steps.
@@ -126,15 +173,15 @@ def scan(
     def single(kind: bool, leaf: jax.Array) -> Sequence[jax.Array]:
         return [leaf] if len(kinds[kind]) == 1 else jnp.unstack(leaf)
 
-    def run(layer: Layer, weights: Params, x_BLD: jax.Array, slot: LayerCache | None):
-        return nnx.merge(graphs[layer.looks], weights)(x_BLD, road, layer, slot)
+    def run(layer: Layer, weights: tuple[Params, Any], x_BLD: jax.Array, slot: LayerCache | None):
+        return nnx.merge(graphs[layer.looks], narrow(*weights, compute.dtype))(x_BLD, road, layer, slot)
 
     if compute.remat != "none":
         run = jax.checkpoint(  # inside a scan of single layers XLA cannot undo it; between neighbours it could
             run, policy=REMAT[compute.remat], prevent_cse=len(period) > 1 or repeats == 1, static_argnums=0
         )
 
-    def body(carry: tuple[jax.Array, Cache | None], groups: dict[bool, tuple[Params, jax.Array]]) -> tuple[Any, Any]:
+    def body(carry: tuple[jax.Array, Cache | None], groups: dict[bool, Any]) -> tuple[Any, Any]:
         x_BLD, cache = carry
         total, each = None, {}
         for kind, group in groups.items():
@@ -142,7 +189,7 @@ def scan(
             rows = zip(*(single(kind, leaf) for leaf in leaves), strict=True)
             each[kind] = iter([jax.tree.unflatten(structure, row) for row in rows])
         for layer in period:
-            one, number = next(each[layer.looks])
+            *one, number = next(each[layer.looks])
             slot = None if cache is None else LayerCache(cache, number)
             x_BLD, slot, stats = run(layer, one, x_BLD, slot)
             cache = None if slot is None else slot.cache
@@ -150,7 +197,13 @@ def scan(
         return (x_BLD, cache), total
 
     unroll = max(1, min(compute.scan_unroll // len(period), repeats))
-    numbered = {kind: (stacks[kind], jnp.arange(jax.tree.leaves(stacks[kind])[0].shape[0])) for kind in kinds}
+    numbered = {}
+    for kind, own in kinds.items():
+        stack: Any = stacks[kind]
+        count = jax.tree.leaves(stack)[0].shape[0]
+        if repeats * len(own) != count:  # a part is copied, and is that sooner when cast
+            stack = cast(stack, compute.dtype)
+        numbered[kind] = (stack, narrow_gradients(stack, compute.dtype), jnp.arange(count))
     groups = {kind: jax.tree.map(functools.partial(grouped, kind), own) for kind, own in numbered.items()}
     (x_BLD, cache), stats = jax.lax.scan(body, (x_BLD, cache), groups, unroll=unroll)
     return x_BLD, cache, jax.tree.map(lambda leaf: leaf.sum(axis=0), stats)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from models.decoder import Compute, cached_hidden_states, empty_cache, head, hidden_states
 from models.families import decoder_config
 from models.sharding import paths
+from models.stack import cast
 from models.weights import load_params
 
 TINY = {
@@ -220,6 +222,31 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_bfloat16(tmp_path
     theirs = np.sqrt(np.mean((half - exact) ** 2))
     mine = np.asarray(logits(params, config, tokens, dtype=jnp.bfloat16), np.float32)
     assert np.sqrt(np.mean((mine - exact) ** 2)) <= 1.25 * theirs
+
+
+@pytest.mark.parametrize(("remat", "layers"), [("full", 3), ("dots", 5)])
+def test_float32_layers_cast_one_by_one_give_the_gradients_of_layers_cast_before(remat, layers, tmp_path):
+    _, params, config = made(tmp_path, num_hidden_layers=layers)
+    if layers == 5:  # four unlike layers and one more
+        near, far = config.each[0]._replace(window=8), config.each[0]
+        config = replace(config, each=(near, near, near, far, near))
+    tokens = some_tokens(2, 24)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            return jnp.square(logits(params, config, tokens, dtype=jnp.bfloat16, remat=remat)).sum()
+
+        return jax.grad(loss)(params)
+
+    before = {**params, "layers": cast(params["layers"], jnp.bfloat16)}
+    mine, theirs = gradients(params), gradients(before)
+    assert {leaf.dtype for leaf in jax.tree.leaves(mine)} == {jnp.dtype(jnp.float32)}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=0.02, atol=0.02 * np.abs(a).max()),
+        mine,
+        theirs,
+    )
 
 
 @pytest.mark.parametrize(
