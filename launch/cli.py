@@ -6,16 +6,13 @@ It ends with a code of `trainers.exits.Exit`; anything else is a fault of the pr
 import importlib.util
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trainers.exits import Exit
-
-ENDINGS = {"Diverged": Exit.DIVERGED, "Interrupted": Exit.PREEMPTED}
+from trainers.exits import TO_MEND, Exit, ending_of
 
 app = typer.Typer(
     add_completion=False,
@@ -232,13 +229,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
     try:
         app()
-    except (ValueError, NotImplementedError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        _fail(error, Exit.BAD_INPUT)
-    except RuntimeError as error:
-        code = ENDINGS.get(type(error).__name__)  # by name: importing the classes would load jax
-        if code is None:
+    except (*TO_MEND, RuntimeError) as error:
+        if (code := ending_of(error)) is None:
             raise
-        _fail(error, Exit.INTERRUPTED if getattr(error, "signal", None) == signal.SIGINT else code)
+        _fail(error, code)
 
 
 def _load(source: str, options: list[str]):

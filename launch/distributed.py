@@ -11,6 +11,7 @@ from collections.abc import Mapping
 log = logging.getLogger(__name__)
 
 EXPLICIT = ("EINKORN_COORDINATOR", "EINKORN_PROCESSES", "EINKORN_PROCESS")
+HEARTBEAT = 40  # seconds without one; jax looks at them now and then, so that a lost host is noticed within a minute
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, object] | None:
@@ -38,7 +39,9 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
 
     if (found := arguments(environment)) is None:
         return
-    jax.distributed.initialize(**found, heartbeat_timeout_seconds=60)  # type: ignore[arg-type]
+    # Its own way to be told of a SIGTERM, in the place of which a handler of Python's could not be put back.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT)  # type: ignore[arg-type]
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 

@@ -35,6 +35,7 @@ from launch.data import (
     validation_data,
 )
 from launch.export import Described, write_adapter, write_model
+from launch.fellows import Together
 from launch.flops import flops_of
 from launch.grpo import of_own_answers, own_answers
 from launch.method import Method, method_of
@@ -66,6 +67,11 @@ def run(loaded: Loaded, *, allow_config_change: bool = False) -> None:
     """
     config = loaded.config
     distributed.start()
+    with Together():
+        _run(config, allow_config_change=allow_config_change)
+
+
+def _run(config: ConfigDict, *, allow_config_change: bool) -> None:
     mesh = assemble.prepare_devices(config)
     model = assemble.open_model(config)
     folder = Path(config.training.output_dir)

@@ -1,6 +1,7 @@
 """How a run ends, as the exit code by which launchers decide whether to start it again."""
 
 import enum
+import signal
 
 
 class Exit(enum.IntEnum):
@@ -16,3 +17,14 @@ class Exit(enum.IntEnum):
 
 # Beside ours: aborted, as jax ends a process whose fellow is gone; killed; segmentation fault; SIGTERM before the loop.
 RESTARTABLE = (int(Exit.PREEMPTED), int(Exit.HUNG), 134, 137, 139, 143)
+
+# By name: importing the classes would load jax.
+_NAMED = {"Diverged": Exit.DIVERGED, "Interrupted": Exit.PREEMPTED}
+TO_MEND = (ValueError, NotImplementedError, FileNotFoundError, NotADirectoryError, PermissionError)
+
+
+def ending_of(error: BaseException) -> Exit | None:
+    """The code that an error ends a run with; None for a fault of the program, whose traceback is to be seen."""
+    if getattr(error, "signal", None) == signal.SIGINT:
+        return Exit.INTERRUPTED
+    return _NAMED.get(type(error).__name__) or (Exit.BAD_INPUT if isinstance(error, TO_MEND) else None)

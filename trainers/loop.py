@@ -22,7 +22,7 @@ from models.sharding import batch_sharding
 from trainers.checkpoint import Checkpoints
 from trainers.losses import Sum
 from trainers.metrics import Metrics, Window
-from trainers.processes import of_all_processes
+from trainers.processes import Highest, of_all_processes
 from trainers.progress import Progress
 from trainers.step import Batch, Step, TrainState
 from trainers.throughput import Throughput
@@ -118,25 +118,27 @@ def train(run: Run, state: TrainState) -> TrainState:
     """Train from `state` to the last step, and return the state then.
 
     Raises Diverged where the loss is not finite (the state is as before that step, and its checkpoint is named),
-    Interrupted after a SIGTERM or Ctrl-C, once the state is saved.
+    Interrupted after a SIGTERM or Ctrl-C, once the state is saved: on all processes after the same step.
     """
     window = Window()
     start = done = int(state.step)
     losses = _Mean()
     before: _Found | None = None
+    highest = Highest(run.mesh)
     with _signals() as stop:
         while done < run.schedule.steps:
             host = _next_batch(run, state)
             batch = device_batch(host, run.mesh, part=run.batches.part)
             state, found = run.step.train(state, run.frozen, batch)
             done += 1
+            asked = highest(stop.number)  # the same on all processes, whichever the signal reached
             _judge(run, before)
             before = _Found(done, found, run.batches.rows)
             amounts = _amounts(host, run.batches.part)
             run.tokens_seen += amounts["tokens"]
             run.meter.step(**amounts)
             window.add({name: (value, 1.0) for name, value in (found | run.logged()).items() if name != "halted"})
-            last = done == run.schedule.steps or stop.number is not None
+            last = done == run.schedule.steps or bool(asked)
             if _due(run, run.schedule.log, done) or (done == 1 and run.schedule.log_first) or last:
                 _judge(run, before)
                 losses = _log(run, window, done, losses, steps=done - start - losses.steps)
@@ -144,13 +146,13 @@ def train(run: Run, state: TrainState) -> TrainState:
             if (run.evaluation or run.judged) and _due(run, run.schedule.evaluate, done):
                 _judge(run, before)
                 _evaluate(run, state, done)
-            if _due(run, run.schedule.save, done) or stop.number is not None:
+            if _due(run, run.schedule.save, done) or asked:
                 _judge(run, before)
                 _save(run, state, done)
-            if stop.number is not None:
+            if asked:
                 run.checkpoints.wait()
-                name = signal.Signals(stop.number).name
-                raise Interrupted(f"{name}: stopped at step {done}, saved as checkpoint-{done}", stop.number)
+                name = signal.Signals(asked).name
+                raise Interrupted(f"{name}: stopped at step {done}, saved as checkpoint-{done}", asked)
         _judge(run, before)
     run.metrics.log(
         done, {**run.meter.summary(), "train_loss": losses.total / max(losses.steps, 1)}, epoch=_epoch(run, done)
@@ -288,9 +290,9 @@ def _epoch(run: Run, done: int) -> float | None:
 
 
 class _Stop:
-    """Which signal has asked to stop, if any."""
+    """Which signal has asked to stop; 0: none."""
 
-    number: int | None = None
+    number: int = 0
 
 
 @contextlib.contextmanager

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def on_process_0(work: Callable[[], Any]) -> Any:
@@ -50,3 +53,21 @@ def of_all_processes(value: Any) -> list[Any]:
 def on_any_process(yes: bool) -> bool:
     """Whether `yes` holds on at least one process; called by all of them."""
     return yes if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(yes))))
+
+
+class Highest:
+    """The highest of the numbers that the processes say, heard by all of them at the same call; nobody waits for it."""
+
+    def __init__(self, mesh: Mesh):
+        self._said = NamedSharding(mesh, P(mesh.axis_names))
+        self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self._before: jax.Array | None = None
+
+    def __call__(self, number: int) -> int:
+        """Says `number`, from 0 on; the highest that was said at the call before, or of one process this number."""
+        if jax.process_count() == 1:
+            return number
+        count = self._said.mesh.size
+        own = jax.make_array_from_callback((count,), self._said, lambda _: np.full(1, number, np.int32))
+        heard, self._before = self._before, self._highest(own)
+        return 0 if heard is None else int(heard)
