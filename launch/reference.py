@@ -24,6 +24,7 @@ from models.sharding import batch_sharding, parameter_shardings, replicas
 from trainers.dpo import CHOSEN, REJECTED
 from trainers.kto import OTHERS, UNWANTED, WANTED
 from trainers.loop import device_batch
+from trainers.processes import on_any_process
 from trainers.reference import Frozen, reference_leaves
 from trainers.scoring import Scorer, reference_logprobs
 from trainers.step import Batch
@@ -38,7 +39,9 @@ def known_log_probabilities(config: ConfigDict, model: Model, mesh: Mesh, data: 
     training, began, rows = config.training, time.monotonic(), f"{len(data.store):,}"
     folder = Path(training.token_cache_dir).expanduser() if training.token_cache_dir else None
     key = _key(config, model, data, laid)
-    if folder is not None and (kept := load(folder, key)) is not None:
+    kept = load(folder, key) if folder is not None else None
+    if not on_any_process(kept is None):  # computed by all together, where a host's own cache has none
+        assert kept is not None
         log.info("reference: log-probabilities of %s rows, from the cache", rows)
         return kept.arrays["reference"]
     found = _computed(config, model, mesh, data, laid)
