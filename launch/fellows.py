@@ -23,6 +23,7 @@ from trainers.exits import Exit, ending_of
 
 LOOK = 0.5
 PATIENCE = 5.0  # of process 0, without which nobody can read why the run ended
+TO_THE_END = 3_600_000  # milliseconds; process 0 writes and sends more than the others
 _FIRST, _READ = "einkorn/failure", "einkorn/read"
 _BROKEN = ("gloo", "nccl", "connection", "peer", "socket", "unavailable", "heartbeat", "remote process")
 
@@ -74,6 +75,8 @@ class Together:
             if found.code == 1 or os.environ.get("EINKORN_DEBUG"):
                 traceback.print_exception(error)
             self._end(self._first(found))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # while the others are at work, they may still fail
+            self._store.wait_at_barrier("einkorn/end", TO_THE_END)
         self._over.set()
         self._thread.join()
 
