@@ -79,12 +79,13 @@ def plan(
     target: Annotated[str, typer.Option(help="v5e-16, v5p-128, v6e-256 and their kin, or GPUs as 8xh100.")],
 ) -> None:
     """Say whether a run fits accelerators that are not here, and how fast it could be: the step compiled for that TPU
-    (needs the extra `tpu`), or an estimate. Reads no weights.
+    (needs the extra `tpu`), or an estimate. Reads no weights. Ends with code 1 where it does not fit.
     """
     loaded = _load(config, context.args)
     from launch.plan import run
 
-    run(loaded, target=target)
+    if not run(loaded, target=target):
+        raise typer.Exit(1)
 
 
 @app.command(context_settings=OVERRIDES)

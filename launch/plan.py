@@ -13,42 +13,27 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import derived
 from configs.load import Loaded
-from configs.methods import GRPO, PREFERENCE
 from launch import assemble
 from launch.assemble import Model
 from launch.chips import GIB, Target, target_of
 from launch.flops import flops_of
 from launch.hlo import Collective, collectives
 from launch.method import Method, method_of
+from launch.planned_batch import Shapes, abstract_batch, patches_of, shapes_of
 from launch.train import step_of
 from models.config import Compute
-from models.sharding import batch_sharding, compiled_for, make_mesh, parameter_shardings, replicas
+from models.sharding import compiled_for, make_mesh, parameter_shardings, replicas
 
-LENGTH = 2048  # tokens of a row where the configuration names no length
-PATCHES = 1024  # of a row, where pictures have any shape
-
-
-class Shapes(NamedTuple):
-    """Of a step's batch: microbatches, rows of each over all devices, tokens of a row."""
-
-    accumulation: int
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.accumulation * self.rows * self.length
+TOO_MUCH = "does not fit"
 
 
 @dataclass(frozen=True)
@@ -66,12 +51,14 @@ class TooLarge(Exception):
     """A program that does not fit the memory of its devices; the message is the compiler's."""
 
 
-def run(loaded: Loaded, *, target: str) -> None:
-    """Print the plan of a configuration for a target; ValueError for what cannot be planned."""
-    console = Console(highlight=False)
+def run(loaded: Loaded, *, target: str) -> bool:
+    """Print the plan of a configuration for a target; whether it fits. ValueError for what cannot be planned."""
+    console, fits = Console(highlight=False), True
     goal = target_of(target)
     for name, text in _lines(loaded.config, goal, console):
         console.print(f"{name:>22}  {text}", markup=False, soft_wrap=True)
+        fits &= name != TOO_MUCH
+    return fits
 
 
 def _lines(config: ConfigDict, goal: Target, console: Console) -> Iterator[tuple[str, str]]:
@@ -79,8 +66,8 @@ def _lines(config: ConfigDict, goal: Target, console: Console) -> Iterator[tuple
     compiles = goal.topology is not None and importlib.util.find_spec("libtpu") is not None
     mesh = _mesh(config, goal, real=compiles)
     model = assemble.open_model(config, only_config=True)
-    shapes = shapes_of(config, mesh)
-    method = method_of(config, model, longest_document=shapes.length)
+    shapes = shapes_of(config, model, mesh)
+    method = method_of(config, model, longest_document=shapes.length, together=shapes.together)
     count = assemble.parameter_count(model)
     yield "model", f"{config.model.model_name}, {count.total:,} parameters, {count.trained:,} of them trained"
     split = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
@@ -105,7 +92,7 @@ def _lines(config: ConfigDict, goal: Target, console: Console) -> Iterator[tuple
     try:
         found = compiled(config, model, mesh, method, shapes)
     except TooLarge as error:
-        yield "does not fit", str(error)
+        yield TOO_MUCH, str(error)
         return
     yield "batch and constants", f"{max(0.0, found.arguments - sum(lasting.values())) / GIB:.2f} GiB a device"
     yield "temporaries", f"{found.temporaries / GIB:.2f} GiB a device: activations, gradients, what is gathered"
@@ -117,7 +104,7 @@ def _lines(config: ConfigDict, goal: Target, console: Console) -> Iterator[tuple
 
 
 def _verdict(needed: float, goal: Target, how: str) -> Iterator[tuple[str, str]]:
-    fits = "fits" if needed <= goal.chip.hbm else "does not fit"
+    fits = "fits" if needed <= goal.chip.hbm else TOO_MUCH
     yield fits, f"{needed / GIB:.2f} GiB of {goal.chip.hbm / GIB:.2f} a device, {how}"
 
 
@@ -142,52 +129,6 @@ def _devices(goal: Target) -> list[Any]:
 
     assert goal.topology is not None
     return list(topologies.get_topology_desc(platform="tpu", topology_name=goal.topology).devices)
-
-
-def shapes_of(config: ConfigDict, mesh: Any) -> Shapes:
-    """The shapes of a step's batches, with rows as long as the configuration lets them be."""
-    training, length = config.training, config.model.model_max_length or LENGTH
-    if training.trainer_type in GRPO:
-        sizes = derived.rollout(config, replicas=replicas(mesh))
-        whole = (training.grpo.max_prompt_length or LENGTH) + (training.grpo.max_completion_length or LENGTH)
-        return Shapes(sizes.accumulation, sizes.microbatch, whole)
-    rows = training.per_device_train_batch_size * replicas(mesh)
-    return Shapes(training.gradient_accumulation_steps, rows, length)
-
-
-def abstract_batch(config: ConfigDict, model: Model, mesh: Mesh, shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
-    """A step's batch without its numbers; of a model that sees, with one picture a row."""
-    place = batch_sharding(mesh)
-
-    def array(dtype: Any, *more: int, length: int = shapes.length) -> jax.ShapeDtypeStruct:
-        shape = (shapes.accumulation, shapes.rows, length, *more)
-        spec = place.spec if length == shapes.length else place.spec[:2]
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-
-    batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segments", "positions")}
-    batch["weights"] = array(jnp.float32)
-    if config.training.trainer_type in PREFERENCE:
-        batch["branches"] = array(jnp.int32)
-    if config.training.trainer_type in GRPO:
-        batch |= {name: array(jnp.float32) for name in ("advantages", "sampled_logprobs")}
-    vision = model.config.vision
-    if vision is not None:
-        patches = patches_of(model)
-        numbers = vision.channels * max(vision.frames, 1) * vision.patch**2
-        batch["patches"] = array(jnp.float32, numbers, length=patches)
-        batch["patch_segments"] = array(jnp.int32, length=patches)
-        batch["patch_places"] = array(jnp.int32, 2, length=patches)
-        if vision.further is None:
-            batch["image_features"] = array(jnp.int32)
-        else:
-            batch |= {"patch_tiles": array(jnp.int32, 2, length=patches), "cross_images": array(jnp.int32, 3)}
-    return batch
-
-
-def patches_of(model: Model) -> int:
-    """Patches of a row: of one picture, or of one of any shape."""
-    vision = model.config.vision
-    return 0 if vision is None else vision.tile * vision.tiles or PATCHES
 
 
 def compiled(config: ConfigDict, model: Model, mesh: Mesh, method: Method, shapes: Shapes) -> Found:

@@ -1,19 +1,28 @@
 """A plan says what a run needs on devices that are not here: names, bytes and collectives by hand, and its own step."""
 
 import importlib.util
+import json
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.load import load
+from input_pipeline.collate import collate
+from input_pipeline.prompts import PromptRow
 from launch import assemble, plan
 from launch.chips import CHIPS, target_of
+from launch.data import train_data
 from launch.hlo import Collective, collectives
 from launch.method import method_of
+from models.generate import Generated
 from models.sharding import make_mesh
 from tests.launch.test_end_to_end import einkorn
+from tests.parity.preference_runs import labelled, pairs
+from tests.tiny import sentence
+from trainers.rollout import Answered, lines_of
 
 GIB = 2**30
 
@@ -151,7 +160,7 @@ def test_the_runs_own_step_is_compiled_without_weights_or_tokenizer(tiny_chat_mo
     (tmp_path / "model/config.json").write_bytes((tiny_chat_model / "config.json").read_bytes())
     config = config_of(tmp_path / "model", tmp_path)[1].config
     model, mesh = assemble.open_model(config, only_config=True), make_mesh({"fsdp": 8})
-    shapes = plan.shapes_of(config, mesh)
+    shapes = plan.shapes_of(config, model, mesh)
     assert (shapes.accumulation, shapes.rows, shapes.length) == (1, 16, 64)
     method = method_of(config, model, longest_document=64)
     found = plan.compiled(config, model, mesh, method, shapes)
@@ -164,6 +173,59 @@ def test_the_runs_own_step_is_compiled_without_weights_or_tokenizer(tiny_chat_mo
     assert found.said["all-gather"].runs >= 7 * model.config.layers  # each kernel of each layer, at least once
 
 
+def rows_of(trainer: str) -> list[dict]:
+    if trainer == "TRL_DPO":
+        return [
+            {"messages": row["prompt"], **{side: {"messages": row[side]} for side in ("chosen", "rejected")}}
+            for row in pairs(32)
+        ]
+    return labelled()[:32] if trainer == "TRL_KTO" else [{"prompt": sentence(i, 3)} for i in range(32)]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "dataset", "options"),
+    [
+        ("TRL_SFT", "text_sft", ("--data.train.pack=true",)),
+        ("TRL_DPO", "preference_pairs_jsonl", ()),
+        ("TRL_KTO", "text_sft", ()),
+        ("TRL_KTO", "text_sft", ("--training.trainer_kwargs.loss_type=apo_zero_unpaired",)),
+    ],
+    ids=["packed", "pairs", "single answers", "single answers alone"],
+)
+def test_a_planned_batch_is_the_batch_of_a_run(trainer, dataset, options, tiny_chat_model, tmp_path, conversations):
+    rows = conversations if trainer == "TRL_SFT" else rows_of(trainer)
+    (tmp_path / "none.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = (f"--training.trainer_type={trainer}", f"--data.train.datasets.0.dataset_path={tmp_path}/none.jsonl")
+    told += (f"--data.train.datasets.0.dataset_name={dataset}", *options)
+    config = config_of(tiny_chat_model, tmp_path, *told)[1].config
+    model, mesh = assemble.open_model(config), make_mesh({"fsdp": 8})
+    planned = plan.abstract_batch(config, model, mesh, plan.shapes_of(config, model, mesh))
+    feed = train_data(config, model, mesh, to_train=False)
+    batch = next(feed.batches)
+    feed.batches.close()
+    assert {name: (array.dtype, array.ndim) for name, array in batch.items()} == {
+        name: (array.dtype, array.ndim) for name, array in planned.items()
+    }
+    assert {array.shape[:2] for array in batch.values()} == {planned["tokens"].shape[:2]}
+    assert batch["tokens"].shape[2] <= planned["tokens"].shape[2]
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_planned_batch_of_own_answers_is_that_of_a_run(together, tiny_chat_model, tmp_path):
+    told = ("--training.trainer_type=TRL_GRPO", "--training.reward_functions=[soft_20tokens_completions]")
+    told += ("--training.grpo.num_generations=2", "--training.grpo.max_completion_length=16")
+    told += ("--training.grpo.max_prompt_length=24", f"--training.trainer_kwargs.shared_prompt={together == 2}".lower())
+    config = config_of(tiny_chat_model, tmp_path, *told, "--training.gradient_accumulation_steps=2")[1].config
+    model, mesh = assemble.open_model(config, only_config=True), make_mesh({"fsdp": 8})
+    shapes = plan.shapes_of(config, model, mesh)
+    assert (shapes.together, shapes.rows) == (together, 16 // together)
+    assert shapes.length == 24 + together * 16 + (together - 1)
+    answers = tuple(Generated([5, 6], "stop", [5, 6], np.zeros(2, np.float32), None) for _ in range(2))
+    group = Answered(PromptRow((1, 2, 3), "p", {}, 0, "row 1"), answers, ("a", "b"), np.zeros((2, 1)), np.zeros(2))
+    batch = collate(lines_of(group, mask_truncated=False, together=together), accumulation=1, rows=2, length=64)
+    assert set(plan.abstract_batch(config, model, mesh, shapes)) == set(batch)
+
+
 def test_an_estimate_says_that_it_is_one(tiny_chat_model, tmp_path):
     file, _ = config_of(tiny_chat_model, tmp_path)
     done = einkorn("plan", "-c", str(file), "--target", "8xh100")
@@ -171,6 +233,9 @@ def test_an_estimate_says_that_it_is_one(tiny_chat_model, tmp_path):
     assert "an estimate by formulas" in done.stdout
     assert "FLOPs of a step" in done.stdout
     assert not (tmp_path / "never").exists()
+    done = einkorn("plan", "-c", str(file), "--target", "1xh100", "--training.per_device_train_batch_size=1000000")
+    assert done.returncode == 1
+    assert "does not fit" in done.stdout
     done = einkorn("plan", "-c", str(file), "--target", "h100")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
