@@ -196,13 +196,14 @@ def test_four_processes_of_two_devices_train_as_one_process_of_eight(method, mes
     four = trained(files / f"{method}.yaml", files / f"{name}-4", *words)
     expected, found = measured(one), measured(four)
     assert found.keys() == expected.keys() == set(range(1, 7))
-    # Advantages of a group add up to nothing, so GRPO's loss is what is left of terms around 1.
-    near = 5e-8 if method == "grpo" else 0.0
+    # Advantages of a group add up to nothing, so GRPO's loss is what is left of terms around 1; and on fsdp 8 rounding
+    # made its gradient norm differ by 2.1e-6 after four updates.
+    rel, near = (5e-6, 5e-8) if method == "grpo" else (1e-6, 0.0)
     for step, values in expected.items():
-        assert found[step] == pytest.approx(values, rel=1e-6, abs=near), step
+        assert found[step] == pytest.approx(values, rel=rel, abs=near), step
     if method == "grpo":
         kept = [(output / "completions.jsonl").read_text() for output in (one, four)]
-        assert kept[0].count("\n") == 96
+        assert kept[0].count("\n") == (96 if mesh == "fsdp 8" else 48)
         of_one, of_four = ([json.loads(line) for line in each.splitlines()] for each in kept)
         assert of_four == of_one  # answers, rewards, advantages
 
