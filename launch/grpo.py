@@ -66,8 +66,7 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
     for notice in asked.notices:
         log.info(notice)
     together = answers_in_row(config, model, sizes, replicas=replicas(mesh), prompt=asked.prompts.longest)
-    longest = asked.prompts.longest + together * derived.completion_length(config)
-    longest += together - 1 if together > 1 else 0  # each begins with the prompt's last token
+    longest = longest_row(config, asked.prompts.longest, together)
     shape = Shape(
         group=sizes.generations,
         together=together,
@@ -105,6 +104,12 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
             notices=asked.notices,
             together=together,
         )
+
+
+def longest_row(config: ConfigDict, prompt: int, together: int) -> int:
+    """The most tokens of a row: a prompt of so many, and so many answers behind it."""
+    shared = together - 1 if together > 1 else 0  # each begins with the prompt's last token
+    return prompt + together * derived.completion_length(config) + shared
 
 
 def answers_in_row(config: ConfigDict, model: Model, sizes: derived.Rollout, *, replicas: int, prompt: int) -> int:

@@ -11,7 +11,8 @@ from configs import derived
 from configs.methods import GRPO, PREFERENCE
 from launch.assemble import Model
 from launch.data import limit_of
-from launch.grpo import answers_in_row
+from launch.grpo import answers_in_row, longest_row
+from launch.preferences import knows_reference
 from models.sharding import batch_sharding, replicas
 
 LENGTH = 2048  # tokens of a row where the configuration names no length
@@ -43,7 +44,7 @@ def shapes_of(config: ConfigDict, model: Model, mesh: Any) -> Shapes:
         sizes = derived.rollout(config, replicas=replicas(mesh))
         prompt = limit_of(config).length or LENGTH
         together = answers_in_row(config, model, sizes, replicas=replicas(mesh), prompt=prompt)
-        length = prompt + together * derived.completion_length(config) + (together - 1 if together > 1 else 0)
+        length = longest_row(config, prompt, together)
         return Shapes(sizes.accumulation, sizes.microbatch // together, length, together, sizes.updates > 1)
     rows = training.per_device_train_batch_size * replicas(mesh)
     if training.trainer_type in PREFERENCE:
@@ -70,7 +71,7 @@ def abstract_batch(config: ConfigDict, model: Model, mesh: Mesh, shapes: Shapes)
     batch["weights"] = array(jnp.float32)
     if trainer in PREFERENCE or shapes.together > 1:
         batch["branches"] = array(jnp.int32)
-    if trainer in PREFERENCE and config.training.trainer_kwargs.precompute_ref_log_probs:
+    if trainer in PREFERENCE and knows_reference(config):
         batch["reference"] = array(jnp.float32)
     if trainer in GRPO:
         batch |= {name: array(jnp.float32) for name in ("advantages", "sampled_logprobs")}

@@ -104,13 +104,18 @@ def lay_out_of(config: ConfigDict, model: Model, mesh: Mesh, *, compute_referenc
     """
     shared = shares_prompt(config, model)
     with_others = derived.loss_types(config) == ("kto",)
-    known = compute_reference and config.training.trainer_kwargs.precompute_ref_log_probs and _compares(config)
+    known = compute_reference and knows_reference(config)
 
     def lay_out(data: Data, microbatch: int) -> Laid:
         laid = Laid(shared=shared, partners=partners(len(data.store), block=microbatch) if with_others else None)
         return laid._replace(reference=known_log_probabilities(config, model, mesh, data, laid)) if known else laid
 
     return lay_out
+
+
+def knows_reference(config: ConfigDict) -> bool:
+    """Whether what the reference says of all rows is computed before the first step."""
+    return _compares(config) and config.training.trainer_kwargs.precompute_ref_log_probs
 
 
 def computes_reference(config: ConfigDict) -> bool:

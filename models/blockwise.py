@@ -6,14 +6,13 @@ Q = G q.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import ROWS, dividing_spec
+from models.sharding import split_heads
 
 MASKED = -1e30  # finite, so that a row of only masked keys (padding) gives numbers and not NaN
 BLOCK = 512
@@ -42,7 +41,7 @@ def blockwise(
     heads and, with `context`, queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    L, N, K = *q_BLNH.shape[1:3], k_BSKH.shape[2]
+    L = q_BLNH.shape[1]
     shards = 1 if mesh.empty else mesh.shape["context"]
     block = min(BLOCK, -(-L // shards))
     more = -L % (block * shards)
@@ -58,12 +57,7 @@ def blockwise(
     if mesh.empty or mesh.size == 1:
         return _attended(plan, q_BLNH, k_BSKH, v_BSKH, sinks_N, where, jnp.int32(0))[:, :L]
 
-    heads = mesh.shape["tensor"] if N % mesh.shape["tensor"] == 0 else 1
-    if K % heads:  # each device needs the key heads of its query heads
-        k_BSKH, v_BSKH = (jnp.repeat(x, heads // math.gcd(heads, K), axis=2) for x in (k_BSKH, v_BSKH))
-    over = "tensor" if heads > 1 else None
-    q_spec = dividing_spec(q_BLNH.shape, ROWS, "context", over, None)
-    k_spec = dividing_spec(k_BSKH.shape, ROWS, None, over, None)
+    k_BSKH, v_BSKH, q_spec, k_spec = split_heads(q_BLNH, k_BSKH, v_BSKH)
     places = {
         name: None if x is None else P(*(q_spec if name[0] == "q" else k_spec)[:2])
         for name, x in where._asdict().items()
@@ -75,7 +69,7 @@ def blockwise(
 
     out_BLNH = jax.shard_map(
         own,
-        in_specs=(q_spec, k_spec, k_spec, None if sinks_N is None else P(over), where._make(places.values())),
+        in_specs=(q_spec, k_spec, k_spec, None if sinks_N is None else P(q_spec[2]), where._make(places.values())),
         out_specs=q_spec,
         check_vma=False,  # loops whose carries begin as zeros would have to be told along which axes these differ
     )(q_BLNH, k_BSKH, v_BSKH, sinks_N, where)

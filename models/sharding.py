@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -136,6 +137,18 @@ def dividing_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> 
     dimension.
     """
     return P(*_dividing(axes, shape, jax.sharding.get_abstract_mesh().shape))
+
+
+def split_heads(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, jax.Array, P, P]:
+    """Keys and values as a kernel inside of `jax.shard_map` needs them, and how queries and keys are split: each device
+    has its rows, its heads with their keys', and with `context` its queries, for which it has all keys.
+    """
+    q_spec = dividing_spec(q_BLNH.shape, ROWS, "context", "tensor", None)
+    heads = jax.sharding.get_abstract_mesh().shape["tensor"] if q_spec[2] else 1
+    times = heads // math.gcd(heads, k_BSKH.shape[2])
+    if times > 1:  # query heads of several devices share a key head
+        k_BSKH, v_BSKH = (jnp.repeat(x, times, axis=2) for x in (k_BSKH, v_BSKH))
+    return k_BSKH, v_BSKH, q_spec, dividing_spec(k_BSKH.shape, ROWS, None, q_spec[2], None)
 
 
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import ROWS, dividing_spec, platform
+from models.sharding import platform, split_heads
 
 LANES = 128  # what a block's length is a multiple of
 BLOCK = 512  # queries, and keys, that are computed together, at most
@@ -46,14 +46,10 @@ def splash(
         run = _kernel(N, L + more, reach, softcap, 1, 1, platform() != "tpu")
         return _rows(run, q_BLNH, k_BLKH, v_BLKH, segments_BL, segments_BL, sinks_N)[:, :L]
 
-    heads = mesh.shape["tensor"] if N % mesh.shape["tensor"] == 0 else 1
-    if k_BLKH.shape[2] % heads:  # each device needs the key heads of its query heads
-        times = heads // math.gcd(heads, k_BLKH.shape[2])
-        k_BLKH, v_BLKH = (jnp.repeat(x, times, axis=2) for x in (k_BLKH, v_BLKH))
-    over = "tensor" if heads > 1 else None
+    k_BLKH, v_BLKH, q_spec, k_spec = split_heads(q_BLNH, k_BLKH, v_BLKH)
+    over = q_spec[2]
+    heads = mesh.shape["tensor"] if over else 1
     run = _kernel(N, L + more, reach, softcap, heads, shards, platform() != "tpu")
-    q_spec = dividing_spec(q_BLNH.shape, ROWS, "context", over, None)
-    k_spec = dividing_spec(k_BLKH.shape, ROWS, None, over, None)
     out_BLNH = jax.shard_map(
         _rows,
         in_specs=(

@@ -71,15 +71,23 @@ def split_vocabulary(x: jax.Array) -> jax.Array:
     return constrain(jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x, VOCABULARY)
 
 
+def narrow_head(head: tuple[jax.Array, jax.Array | None], dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """A head's kernel in the dtype of the products, and its bias, each device with its part."""
+    return split_vocabulary(head[0].astype(dtype)), None if head[1] is None else split_vocabulary(head[1])
+
+
+def of_words(x_TV: jax.Array, vocabulary: int, other: float = 0.0) -> jax.Array:
+    """The same array with `other` in the places that `split_vocabulary` put behind the words."""
+    if x_TV.shape[1] == vocabulary:
+        return x_TV
+    return jnp.where((jnp.arange(x_TV.shape[1]) < vocabulary)[None, :], x_TV, other)
+
+
 def split_logits(logits_TV: jax.Array, vocabulary: int) -> jax.Array:
     """Logits of a chunk, each device with those of its part of the vocabulary; those of no word are masked."""
-    if logits_TV.shape[1] != vocabulary:
-        logits_TV = jnp.where((jnp.arange(logits_TV.shape[1]) < vocabulary)[None, :], logits_TV, MASKED)
-    return constrain(logits_TV, None, VOCABULARY)
+    return constrain(of_words(logits_TV, vocabulary, MASKED), None, VOCABULARY)
 
 
 def mean_of_words(x_TV: jax.Array, vocabulary: int) -> jax.Array:
     """The mean [T] over the vocabulary, without what was put behind it."""
-    if x_TV.shape[1] == vocabulary:
-        return x_TV.mean(axis=-1)
-    return jnp.where((jnp.arange(x_TV.shape[1]) < vocabulary)[None, :], x_TV, 0.0).sum(axis=-1) / vocabulary
+    return of_words(x_TV, vocabulary).sum(axis=-1) / vocabulary

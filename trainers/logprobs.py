@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from trainers.chunks import chunks_of, given_back, mean_of_words, seen_by_all, split_logits, split_vocabulary
+from trainers.chunks import (
+    chunks_of,
+    given_back,
+    mean_of_words,
+    narrow_head,
+    of_words,
+    seen_by_all,
+    split_logits,
+    split_vocabulary,
+)
 
 ALSO = ("entropy", "mean_logit", "correct", "log_sum_squares")
 
@@ -140,7 +149,7 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
         log_z_pieces,
         {name: chunks.cut(x_BL) for name, x_BL in asked.items()},
     )
-    narrow = _narrow(head, hidden_BLD.dtype)
+    narrow = narrow_head(head, hidden_BLD.dtype)
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     d_head: Any = None if trained is None else jax.tree.map(lambda leaf: split_vocabulary(wide(leaf)), narrow)
 
@@ -153,8 +162,7 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
             logits_TV *= flavour.temperature
         if flavour.softcap is not None:
             d_logits_TV *= 1 - jnp.square(logits_TV / flavour.softcap)
-        if logits_TV.shape[1] != V:
-            d_logits_TV = jnp.where((jnp.arange(logits_TV.shape[1]) < V)[None, :], d_logits_TV, 0.0)
+        d_logits_TV = of_words(d_logits_TV, V)
         d_narrow_TV = d_logits_TV.astype(hidden_TD.dtype)
         if d_head is not None:
             d_kernel_VD = jnp.einsum("tv,td->vd", d_narrow_TV, hidden_TD, preferred_element_type=jnp.float32)
@@ -183,7 +191,7 @@ def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[d
     """Go through the batch in chunks; returns the results [B, L] by name, and log Z as the pieces it came in."""
     V, chunks = head[0].shape[0], chunks_of(wanted_BL, flavour.chunk)
     pieces = tuple(map(chunks.cut, (hidden_BLD, targets_BL, wanted_BL)))
-    narrow = _narrow(head, hidden_BLD.dtype)
+    narrow = narrow_head(head, hidden_BLD.dtype)
 
     def live(piece):
         hidden_TD, targets_T, _ = seen_by_all(piece)
@@ -202,11 +210,6 @@ def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[d
 
     _, (found, log_z_pieces) = jax.lax.scan(body, None, pieces)
     return {name: chunks.joined(x, targets_BL.shape) for name, x in found.items()}, log_z_pieces
-
-
-def _narrow(head, dtype: Any):
-    """The head in the dtype of the products, each device with its part."""
-    return split_vocabulary(head[0].astype(dtype)), None if head[1] is None else split_vocabulary(head[1])
 
 
 def _chunk_scores(logits_TV: jax.Array, targets_T: jax.Array, also: Sequence[str], *, vocabulary: int):

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trainers.chunks import chunks_of, given_back, mean_of_words, seen_by_all, split_logits, split_vocabulary
+from trainers.chunks import (
+    chunks_of,
+    given_back,
+    mean_of_words,
+    narrow_head,
+    of_words,
+    seen_by_all,
+    split_logits,
+    split_vocabulary,
+)
 
 
 class Sum(NamedTuple):
@@ -114,7 +123,7 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
     """Go through the batch in chunks; returns the sums and, if asked, the gradients of their `loss`."""
     V, shape, chunks = head[0].shape[0], targets_BL.shape, chunks_of(weights_BL != 0, flavour.chunk)
     pieces = tuple(map(chunks.cut, (hidden_BLD, targets_BL, weights_BL)))
-    narrow = split_vocabulary(head[0].astype(hidden_BLD.dtype)), None if head[1] is None else split_vocabulary(head[1])
+    narrow = narrow_head(head, hidden_BLD.dtype)
     wide = functools.partial(jnp.zeros_like, dtype=jnp.float32)
     d_head: Any = jax.tree.map(lambda leaf: split_vocabulary(wide(leaf)), narrow) if gradients else None
 
@@ -188,6 +197,4 @@ def _chunk_sums(
         d_logits_TV -= (weights_T * (smooth / vocabulary))[:, None]
     if cap is not None:
         d_logits_TV *= 1 - jnp.square(logits_TV / cap)
-    if head_VD.shape[0] != vocabulary:
-        d_logits_TV = jnp.where((jnp.arange(head_VD.shape[0]) < vocabulary)[None, :], d_logits_TV, 0.0)
-    return sums, d_logits_TV
+    return sums, of_words(d_logits_TV, vocabulary)
