@@ -64,13 +64,11 @@ def _continue(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], l
     """`new` greedy tokens whatever they are, and by how much each one's logit exceeds the second best."""
     tokens: list[int] = []
     margins: list[float] = []
-    given, cache = torch.tensor([prompt]), None
-    for _ in range(new):
-        out = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        best = out.logits[0, -1].float().topk(2)
-        tokens.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
-        given, cache = best.indices[None, :1], out.past_key_values
+    for _ in range(new):  # all of it anew: what a cache is called is not the same in all versions
+        logits_V = _last_logits(model, [*prompt, *tokens], last=1)[-1]
+        second, best = np.sort(logits_V)[-2:]
+        tokens.append(int(logits_V.argmax()))
+        margins.append(float(best - second))
     return tokens, margins
 
 
