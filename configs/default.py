@@ -165,7 +165,7 @@ TRAINER_KWARGS: Table = {
     "chat_template_path": later(None, str, "say model.chat_template"),
     "shuffle_dataset": Key(None, bool, "TRL_GRPO: ask prompts in another order every epoch; null: yes"),
     "neftune_noise_alpha": later(None, float, "noise on the embeddings"),
-    "activation_offloading": later(False, bool, "keep activations in host memory"),
+    "activation_offloading": Key(False, bool, "what goes into each layer waits in the host's memory"),
     "optim_args": later(None, str, "further arguments of the optimizer"),
     "optim_target_modules": later(None, list, "modules of GaLore"),
     "router_aux_loss_coef": later(None, float, "weight of the router's loss"),
@@ -234,7 +234,7 @@ TRAINING: Table = {
     "enable_gradient_checkpointing": Key(False, bool, "recompute activations in the backward pass"),
     "remat_policy": Key(
         None,
-        ("none", "full", "dots"),
+        ("none", "full", "dots", "offload"),
         "ours: what is recomputed; null: full with enable_gradient_checkpointing, else none",
     ),
     "scan_unroll": Key(
@@ -286,16 +286,16 @@ FSDP: Table = {
 }
 
 DEEPSPEED: Table = {
-    "enable_deepspeed": Key(False, bool, "split parameters as zero_stage says"),
+    "enable_deepspeed": Key(False, bool, "split over devices what zero_stage says"),
     "zero_stage": Key(
         "ZERO_0",
         ("ZERO_0", "ZERO_1", "ZERO_2", "ZERO_3"),
-        "ZERO_0: each device holds all parameters; else they are split",
+        "what is split: ZERO_1: the optimizer's state, ZERO_2: gradients too, ZERO_3: parameters too",
         read_as={"0": "ZERO_0", "1": "ZERO_1", "2": "ZERO_2", "3": "ZERO_3"},
     ),
     "precision": Key(None, ("BF16", "FP16"), "as training.mixed_precision_dtype", later=("FP16",)),
     "deepspeed_config_path": later(None, str, "DeepSpeed's own file"),
-    "offload_optimizer": later(None, dict, "keep optimizer state elsewhere"),
+    "offload_optimizer": Key(None, dict, "device: cpu keeps the optimizer's state in the host's memory"),
     "offload_param": later(None, dict, "keep parameters elsewhere"),
     **accepted.DEEPSPEED,
 }

@@ -309,9 +309,24 @@ def compute_dtype(config: Any) -> str | None:
 
 
 def remat_policy(config: Any) -> str:
-    """What the backward pass computes again: none, dots (all but matrix products), or full."""
+    """What the backward pass computes again: none, dots (all but matrix products), full; or offload: all but what goes
+    into each layer, which waits in the host's memory.
+    """
     training = config.training
-    return training.remat_policy or ("full" if training.enable_gradient_checkpointing else "none")
+    asked = "offload" if training.trainer_kwargs.activation_offloading else None
+    return training.remat_policy or asked or ("full" if training.enable_gradient_checkpointing else "none")
+
+
+def memory(config: Any) -> dict[str, bool]:
+    """What copies of the model share, and whether the optimizer's state lies on the host (`trainers.step.Memory`)."""
+    deepspeed = config.deepspeed
+    stage = deepspeed.zero_stage if deepspeed.enable_deepspeed else "ZERO_0"
+    host = deepspeed.enable_deepspeed and (deepspeed.offload_optimizer or {}).get("device", "none") == "cpu"
+    return {
+        "split_state": stage in ("ZERO_1", "ZERO_2"),
+        "split_gradients": stage == "ZERO_2",
+        "on_host": host,
+    }
 
 
 def attention(config: Any) -> str:
@@ -319,15 +334,18 @@ def attention(config: Any) -> str:
     return config.model.attn_implementation or "auto"
 
 
-def mesh_axes(config: Any, *, hosts: int = 1) -> dict[str, int]:
+def mesh_axes(config: Any, *, hosts: int = 1, slices: int = 1) -> dict[str, int]:
     """Devices along each axis, -1 for all that are left: as `mesh` says, and where it is silent `fsdp` and `deepspeed`.
 
-    `hosts` is the number of processes: HYBRID_SHARD keeps a copy of the model on each.
+    `hosts` is the number of processes: HYBRID_SHARD keeps a copy of the model on each. On several `slices`
+    each has one, where nothing is said of `data`.
     """
     sizes = _strategy_axes(config, hosts) | {"expert": 1, "tensor": 1, "context": 1}
     asked = {axis: config.mesh[axis] for axis in AXES if config.mesh[axis] is not None}
     if REST in asked.values():
         sizes = {axis: 1 if size == REST else size for axis, size in sizes.items()}
+    if sizes["data"] != REST:
+        sizes["data"] = max(sizes["data"], slices)
     return {axis: asked.get(axis, sizes[axis]) for axis in AXES}
 
 
@@ -335,7 +353,7 @@ def _strategy_axes(config: Any, hosts: int) -> dict[str, int]:
     if config.fsdp.enable_fsdp:
         strategy = config.fsdp.sharding_strategy
     else:
-        split = config.deepspeed.enable_deepspeed and config.deepspeed.zero_stage != "ZERO_0"
+        split = config.deepspeed.enable_deepspeed and config.deepspeed.zero_stage == "ZERO_3"
         strategy = "FULL_SHARD" if split else "NO_SHARD"
     if strategy == "NO_SHARD":
         return {"data": REST, "fsdp": 1}

@@ -96,6 +96,17 @@ def _deepspeed_batch(config: Any) -> Lines:
         yield "deepspeed.train_batch_size", "must be auto; say training.per_device_train_batch_size"
 
 
+def _offload(config: Any) -> Lines:
+    deepspeed = config.deepspeed
+    device = (deepspeed.offload_optimizer or {}).get("device", "none")
+    if device == "nvme":
+        yield "deepspeed.offload_optimizer.device", "not implemented yet: nvme; allowed: cpu, none"
+    elif device not in ("cpu", "none"):
+        yield "deepspeed.offload_optimizer.device", f"got {written(device)}; allowed: cpu, none"
+    elif device == "cpu" and (not deepspeed.enable_deepspeed or deepspeed.zero_stage == "ZERO_0"):
+        yield "deepspeed.offload_optimizer", "needs enable_deepspeed: true and a zero_stage of ZERO_1 or more"
+
+
 def _mixed_precision(config: Any) -> Lines:
     asked, dtype = config.training.mixed_precision_dtype, config.model.torch_dtype_str
     if asked != "NONE" and dtype != "float32":
@@ -277,6 +288,7 @@ RULES = (
     Rule(("model.compile",), _compile_is_training),
     Rule(("fsdp.enable_fsdp", "deepspeed.enable_deepspeed"), _one_sharding),
     Rule(("deepspeed.enable_deepspeed", "deepspeed.train_batch_size"), _deepspeed_batch),
+    Rule(("deepspeed.enable_deepspeed", "deepspeed.offload_optimizer"), _offload),
     Rule(("training.mixed_precision_dtype", "model.torch_dtype_str"), _mixed_precision),
     Rule(("training.eval_strategy", "data.validation.datasets"), _something_to_evaluate),
     Rule(tuple(f"data.{split}.collator_name" for split in SPLITS), _one_collator),

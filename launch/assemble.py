@@ -22,7 +22,7 @@ from models.decoder import Compute, DecoderConfig, Params, abstract_params, init
 from models.families import decoder_config
 from models.lora import Lora, Parts, abstract_adapter, init_adapter, merged, split
 from models.quantized import quantised, quantised_leaf, unquantised
-from models.sharding import make_mesh, parameter_shardings, paths
+from models.sharding import make_mesh, parameter_shardings, paths, slices_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def prepare_devices(config: ConfigDict) -> Mesh:
     if cache := config.training.compile_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return make_mesh(derived.mesh_axes(config, hosts=jax.process_count()))
+    return make_mesh(derived.mesh_axes(config, hosts=jax.process_count(), slices=len(slices_of(jax.devices()))))
 
 
 def open_model(config: ConfigDict, *, only_config: bool = False) -> Model:

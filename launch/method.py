@@ -22,6 +22,7 @@ from trainers.step import Loss
 class Method(NamedTuple):
     """A method of training. `frozen` makes of a model's parts what its losses are given beside the parameters; it
     copies nothing. `draws`: whether the loss is random. `forwards`: passes through the model beside the trained one.
+    `by_rows`: the loss and what stands beside it in the log are sums over rows, and nothing looks from one to another.
     """
 
     loss: Loss
@@ -30,6 +31,7 @@ class Method(NamedTuple):
     draws: bool
     sync: Sync | None = None
     forwards: int = 0
+    by_rows: bool = False
 
     def beside(self, parts: Parts, *, given_away: bool) -> Any:
         """What the losses are given beside the parameters; `given_away` says that those of `parts` will not stay, so
@@ -72,4 +74,5 @@ def method_of(config: ConfigDict, model: Model, *, longest_document: int, togeth
     else:
         evaluated = sft_loss(model.config, compute=compute, **shaping)
     loss = sft_loss(model.config, compute=compute, z_loss=config.training.z_loss, **shaping)
-    return Method(loss, evaluated, frozen=lambda parts: parts.frozen, draws=drops)
+    balances = model.config.experts is not None and model.config.experts.aux_coefficient > 0  # over all tokens
+    return Method(loss, evaluated, frozen=lambda parts: parts.frozen, draws=drops, by_rows=not balances)

@@ -55,7 +55,7 @@ from trainers.perplexity import text_measures
 from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
-from trainers.step import Step, TrainState, build_step
+from trainers.step import Memory, Step, TrainState, build_step
 from trainers.throughput import Throughput, peak_flops
 
 log = logging.getLogger("einkorn")
@@ -280,6 +280,8 @@ def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callabl
         seed=training.seed if method.draws else None,
         evaluated=method.evaluated,
         sync=method.sync,
+        by_rows=method.by_rows,
+        memory=Memory(**derived.memory(config)),
     )
 
 

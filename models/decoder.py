@@ -17,7 +17,7 @@ from models.linear import TURNED, turned_product
 from models.looking import abstract_tiles, sight_of
 from models.moe import RouterStats
 from models.rope import document_lengths
-from models.sharding import ROWS, constrain
+from models.sharding import ROWS, constrain, looked_up
 from models.stack import Params, block_of, cast, periods, scan
 from models.vision import Images, abstract_vision, with_images
 
@@ -299,7 +299,7 @@ def _reach(where: Where, longest_document: int | None) -> int | None:
 def _embedded(
     params: Params, config: DecoderConfig, tokens_BL: jax.Array, positions_BL: jax.Array, dtype: Any
 ) -> jax.Array:
-    x_BLD = params["embed"]["embedding"][tokens_BL].astype(dtype)
+    x_BLD = looked_up(params["embed"]["embedding"], tokens_BL, dtype)
     if config.padding_token is not None:
         x_BLD = jnp.where((tokens_BL == config.padding_token)[:, :, None], jax.lax.stop_gradient(x_BLD), x_BLD)
     if config.embed_scale != 1.0:

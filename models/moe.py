@@ -17,7 +17,7 @@ from models.activations import ACTIVATIONS
 from models.config import DecoderConfig
 from models.experts import Weights, counts, through_experts
 from models.linear import Linear
-from models.sharding import ROWS, dividing_spec
+from models.sharding import GATHERED, ROWS, dividing_spec, gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +181,14 @@ def _mixture(
 def _split(weights: Weights, experts: Experts, mesh: jax.sharding.AbstractMesh, tokens: tuple[str, ...]) -> Split:
     """As models/sharding.py splits parameters, but for what this many experts or units do not divide into."""
     units = "tensor" if experts.width % mesh.shape["tensor"] == 0 else None
+    sizes = {axis: size if axis in tokens else 1 for axis, size in mesh.shape.items()}
     fsdp = "fsdp" if "fsdp" in tokens else None
 
     def axes(name: str, leaf: str, shape: tuple[int, ...]) -> P:
         if leaf == "bias":
             return P("expert", None if name == "down" else units)
-        return dividing_spec(shape, "expert", *((units, fsdp) if name == "down" else (fsdp, units)))
+        rule = ("expert", units, fsdp) if name == "down" else ("expert", fsdp, units)
+        return dividing_spec(shape, *gathered(rule, shape, sizes))
 
     specs = {
         name: {leaf: axes(name, leaf, array.shape) for leaf, array in one.items()} for name, one in weights.items()
@@ -238,5 +240,8 @@ def _part(
 
 
 def _gathered(weight: jax.Array, axes: P) -> jax.Array:
-    """A weight whole along `fsdp`; its gradient is then summed and split in one."""
-    return jax.lax.all_gather(weight, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else weight
+    """A weight whole along GATHERED; its gradient is then summed and split in one."""
+    for number, over in enumerate(axes):
+        if over in ("fsdp", GATHERED):
+            return jax.lax.all_gather(weight, over, axis=number, tiled=True)
+    return weight

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models.config import Compute, DecoderConfig, Layer
 from models.layers import Block, Cache, LayerCache, Road
@@ -24,10 +25,17 @@ from models.sharding import paths
 
 Params = dict[str, Any]
 
+ENTERS = "enters"  # the name of what goes into a layer
 # What `jax.checkpoint` keeps of each layer for the backward pass; the rest is computed again.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ENTERS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 LONGEST_PERIOD = 8  # layers in one scan step, where layers are unlike
 
@@ -174,6 +182,8 @@ def scan(
         return [leaf] if len(kinds[kind]) == 1 else jnp.unstack(leaf)
 
     def run(layer: Layer, weights: tuple[Params, Any], x_BLD: jax.Array, slot: LayerCache | None):
+        if compute.remat == "offload":
+            x_BLD = checkpoint_name(x_BLD, ENTERS)
         return nnx.merge(graphs[layer.looks], narrow(*weights, compute.dtype))(x_BLD, road, layer, slot)
 
     if compute.remat != "none":

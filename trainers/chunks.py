@@ -5,6 +5,7 @@ of their own; c columns of a chunk.
 
 A chunk's tokens are sent to all devices, and each multiplies them with V / N rows of the head. So no device ever holds
 the whole head or its gradient, whatever the mesh, and what is sent are hidden states, of a chunk, and not the head.
+Where copies of the model add up their gradients apart (`trainers/step.py`), N are the devices of one copy.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.sharding import ROWS, constrain
+from models.sharding import ROWS, constrain, cooperating
 
 VOCABULARY = ("tensor", "data", "fsdp", "expert", "context")  # what the head's rows are split over
 PLACES = (*ROWS, "context")  # what the tokens are
@@ -50,7 +51,7 @@ def chunks_of(wanted_BL: jax.Array, chunk: int) -> Chunks:
     parts = 1 if mesh.empty or L % mesh.shape["context"] else mesh.shape["context"]
     wanted_Rn = constrain(wanted_BL.reshape(B * parts, L // parts), PLACES)
     R, n = wanted_Rn.shape
-    tokens = chunk if mesh.empty else chunk * max(1, mesh.size // 8)
+    tokens = chunk * max(1, cooperating() // 8)
     return Chunks(jnp.argsort(~wanted_Rn, axis=1, stable=True), max(1, min(n, tokens // R)))
 
 
@@ -66,8 +67,7 @@ def given_back(x_TD: jax.Array, piece: jax.Array) -> jax.Array:
 
 def split_vocabulary(x: jax.Array) -> jax.Array:
     """An array [V, …] split over all devices, with zeros behind it where these do not divide V."""
-    mesh = jax.sharding.get_abstract_mesh()
-    more = 0 if mesh.empty else -x.shape[0] % mesh.size
+    more = -x.shape[0] % cooperating()
     return constrain(jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x, VOCABULARY)
 
 

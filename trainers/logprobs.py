@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from models.sharding import anywhere
 from trainers.chunks import (
     chunks_of,
     given_back,
@@ -176,7 +177,7 @@ def _backward(flavour: Flavour, kept, cotangents: dict[str, Any]):
 
     def body(d_head, piece):
         some = functools.reduce(jnp.logical_or, [(x != 0).any() for x in piece[3].values()])
-        return jax.lax.cond(some, live, dead, d_head, piece)
+        return jax.lax.cond(anywhere(some), live, dead, d_head, piece)
 
     d_head, d_pieces = jax.lax.scan(body, d_head, pieces)
     if d_head is not None:
@@ -206,7 +207,7 @@ def _sweep(hidden_BLD, head, targets_BL, wanted_BL, flavour: Flavour) -> tuple[d
         return dict.fromkeys(("logprob", *flavour.also), zeros), zeros
 
     def body(_, piece):
-        return None, jax.lax.cond(piece[2].any(), live, dead, piece)
+        return None, jax.lax.cond(anywhere(piece[2].any()), live, dead, piece)
 
     _, (found, log_z_pieces) = jax.lax.scan(body, None, pieces)
     return {name: chunks.joined(x, targets_BL.shape) for name, x in found.items()}, log_z_pieces

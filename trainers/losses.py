@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.sharding import anywhere
 from trainers.chunks import (
     chunks_of,
     given_back,
@@ -128,7 +129,7 @@ def _sweep(hidden_BLD, head, targets_BL, weights_BL, flavour: Flavour, *, gradie
     d_head: Any = jax.tree.map(lambda leaf: split_vocabulary(wide(leaf)), narrow) if gradients else None
 
     def body(carry, piece):
-        return jax.lax.cond((piece[2] > 0).any(), live, dead, carry, piece)
+        return jax.lax.cond(anywhere((piece[2] > 0).any()), live, dead, carry, piece)
 
     def live(carry, piece):
         hidden_TD, targets_T, weights_T = seen_by_all(piece)

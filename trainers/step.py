@@ -1,10 +1,12 @@
 """The training step: the only jit of training, for every method.
 
 A microbatches are accumulated by a scan; the loss is a `Sum` over all of them and over all devices, divided once at the
-end. Loss and gradients are therefore the same for every mesh, accumulation and packing.
+end. Loss and gradients are therefore the same for every mesh, accumulation and packing. Where several microbatches meet
+several copies of the model, each copy adds up the gradients of its own rows, and they meet once a step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.sharding import batch_sharding, parameter_shardings
+from models.sharding import also_over, batch_sharding, each_apart, parameter_shardings
 from trainers.losses import Sum
 from trainers.optim import Optimizer, clip_scale, global_norm, state_shardings
 from trainers.reference import Sync, copied, moved
@@ -44,6 +46,20 @@ class Loss(Protocol):
     def __call__(self, params: Params, frozen: Any, batch: Batch, key: jax.Array | None = None, /) -> Sums: ...
 
 
+class Memory(NamedTuple):
+    """What copies of the model share that each could have for itself: the optimizer's state, and gradients too (the
+    first and the second stage of ZeRO, arXiv:1910.02054, section 5). `on_host`: the optimizer's state lies in the
+    host's memory, and comes to the device for each update.
+    """
+
+    split_state: bool = False
+    split_gradients: bool = False
+    on_host: bool = False
+
+
+ALONE = Memory()
+
+
 class Step(NamedTuple):
     """The compiled functions of a run, and where everything lies.
 
@@ -70,19 +86,25 @@ def build_step(
     seed: int | None = None,
     evaluated: Loss | None = None,
     sync: Sync | None = None,
+    by_rows: bool = False,
+    memory: Memory = ALONE,
 ) -> Step:
     """Compile-ready functions for `loss` on `mesh`; `frozen` is the (abstract or real) tree of what is used and not
     trained: no gradient of it is formed, and no optimizer state. A loss that is random gets a key drawn from `seed`,
     the step and the microbatch; without a seed it gets None. `evaluated` is what evaluation computes, if not `loss`.
     With `sync`, `frozen` is a `reference.Frozen`, whose reference begins as a copy of the parameters and moves.
+    `by_rows` promises that the loss and all beside it are sums over rows: copies of the model then need not meet in
+    every microbatch.
     """
     evaluated = evaluated or loss
     everywhere = NamedSharding(mesh, P())
     param_shardings = parameter_shardings(abstract_params, mesh)
+    copies = mesh.shape["data"] if by_rows and seed is None and not memory.split_gradients else 1
+    used, kept, of_gradients = _places(optimizer, abstract_params, param_shardings, memory)
     shardings = TrainState(
         step=everywhere,
         params=param_shardings,
-        opt_state=state_shardings(optimizer, abstract_params, param_shardings),
+        opt_state=kept,
         halted=everywhere,
         reference=param_shardings if sync else None,
     )
@@ -91,32 +113,37 @@ def build_step(
 
     def init(params: Params) -> TrainState:
         reference = copied(params) if sync else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool), reference)
+        opt_state = jax.device_put(optimizer.init(params), kept) if memory.on_host else optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), bool), reference)
 
     def train(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
-        total, others, grads = _accumulate(loss, state.params, state.frozen(frozen), batch, key)
+        places = of_gradients if memory.split_gradients else param_shardings
+        total, others, grads = _accumulate(
+            loss, state.params, state.frozen(frozen), batch, key, places=places, copies=copies
+        )
+        if memory.split_state:
+            grads = jax.lax.with_sharding_constraint(grads, of_gradients)
         count = jnp.maximum(total.count, 1.0)
         norm = global_norm(grads) / count
         ok = jnp.isfinite(total.total) & jnp.isfinite(norm) & ~state.halted
+        opt_state = jax.device_put(state.opt_state, used) if memory.on_host else state.opt_state
         params, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, step=state.step, scale=clip_scale(norm, max_grad_norm) / count, ok=ok
+            grads, opt_state, state.params, step=state.step, scale=clip_scale(norm, max_grad_norm) / count, ok=ok
         )
         means = {name: each.mean_if_any() for name, each in others.items()}
+        opt_state = jax.device_put(opt_state, kept) if memory.on_host else opt_state
         metrics = {"loss": total.mean(), "grad_norm": norm, **means}
         step = state.step + ok.astype(jnp.int32)
         reference = moved(state.reference, params, sync, step=step, ok=ok) if sync else None
         return TrainState(step, params, opt_state, ~ok, reference), {**metrics, "halted": ~ok}
 
     def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Sum]:
-        def one(sums: dict[str, Sum], micro: Batch) -> tuple[dict[str, Sum], None]:
+        def sums(micro: Batch) -> dict[str, Sum]:
             total, others = evaluated(params, frozen, micro, None)
-            return jax.tree.map(jnp.add, sums, {"loss": total, **others}), None
+            return {"loss": total, **others}
 
-        first, rest = _split(batch)
-        total, others = evaluated(params, frozen, first, None)
-        sums, _ = jax.lax.scan(one, {"loss": total, **others}, rest)
-        return sums
+        return _summed(sums, batch)
 
     return Step(
         train=_on(
@@ -137,35 +164,69 @@ def build_step(
     )
 
 
-def _accumulate(
-    loss: Loss, params: Params, frozen: Any, batch: Batch, key: jax.Array | None
-) -> tuple[Sum, dict[str, Sum], Params]:
-    """The sums and the gradient of the undivided total over all microbatches; gradients add up in float32."""
+def _places(optimizer: Optimizer, params: Params, lies: Params, memory: Memory) -> tuple[Any, Any, Params]:
+    """Where the optimizer's state lies while it is used and while it is kept, and where its gradients do."""
+    used, of_gradients = state_shardings(optimizer, params, lies), lies
+    if memory.split_state:
+        over = partial(jax.tree.map, lambda place, leaf: also_over("data", place, leaf.shape))
+        used, of_gradients = over(used, jax.eval_shape(optimizer.init, params)), over(lies, params)
+    kept = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), used) if memory.on_host else used
+    return used, kept, of_gradients
 
-    def value_and_grads(micro: Batch, key: jax.Array | None) -> tuple[Sum, dict[str, Sum], Params]:
+
+def _accumulate(
+    loss: Loss, params: Params, frozen: Any, batch: Batch, key: jax.Array | None, *, places: Params, copies: int
+) -> tuple[Sum, dict[str, Sum], Params]:
+    """The sums and the gradient of the undivided total over all microbatches; gradients add up in float32.
+
+    Several `copies` of the model each add up those of their own rows. `places` are the parameters' shardings.
+    """
+
+    def value_and_grads(micro: tuple[Batch, jax.Array | None]) -> tuple[Sum, dict[str, Sum], Params]:
         def objective(params: Params) -> tuple[jax.Array, Sums]:
-            total, others = loss(params, frozen, micro, key)
+            total, others = loss(params, frozen, *micro)
             return total.total, (total, others)
 
         grads, (total, others) = jax.grad(objective, has_aux=True)(params)
         return total, others, grads
 
-    def one(sums: Any, micro: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, value_and_grads(*micro)), None
+    A = batch["tokens"].shape[0]
+    each = (batch, None if key is None else jax.random.split(key, A))
+    if A == 1:
+        return value_and_grads(_only(each))
+    if copies == 1:
 
-    first, rest = _split(batch)
-    keys = None if key is None else jax.random.split(key, batch["tokens"].shape[0])
-    sums = value_and_grads(first, None if keys is None else keys[0])
-    if rest["tokens"].shape[0] == 0:
-        return sums
-    total, others, grads = sums
-    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    return jax.lax.scan(one, (total, others, wide), (rest, None if keys is None else keys[1:]))[0]
+        def lying(sums: tuple[Sum, dict[str, Sum], Params]) -> tuple[Sum, dict[str, Sum], Params]:
+            return (*sums[:2], jax.lax.with_sharding_constraint(sums[2], places))
+
+        return _summed(value_and_grads, each, lying)
+
+    def of_copies(micro: tuple[Batch, None]) -> tuple[Sum, dict[str, Sum], Params]:
+        parts = jax.tree.map(lambda x: x.reshape(copies, x.shape[0] // copies, *x.shape[1:]), micro)
+        return each_apart(value_and_grads, axis="data", in_axes=(0,))(parts)
+
+    def apart(sums: tuple[Sum, dict[str, Sum], Params]) -> tuple[Sum, dict[str, Sum], Params]:
+        own = jax.tree.map(lambda place: NamedSharding(place.mesh, P("data", *place.spec)), places)
+        return (*sums[:2], jax.lax.with_sharding_constraint(sums[2], own))
+
+    return jax.tree.map(lambda x: x.sum(axis=0), _summed(of_copies, each, apart))
 
 
-def _split(batch: Batch) -> tuple[Batch, Batch]:
-    """The first microbatch, and the others [A - 1, B, L]."""
-    return {k: v[0] for k, v in batch.items()}, {k: v[1:] for k, v in batch.items()}
+def _summed(function: Callable[[Any], Any], each: Any, lying: Callable[[Any], Any] = lambda sums: sums) -> Any:
+    """The sum of `function` over all microbatches, in float32 and compiled once; `lying` says where it lies."""
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), each)
+    shapes = jax.eval_shape(function, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+
+    def one(sums: Any, micro: Any) -> tuple[Any, None]:
+        return lying(jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, function(micro))), None
+
+    return jax.lax.scan(one, lying(zeros), each)[0]
+
+
+def _only(each: Any) -> Any:
+    """The one microbatch there is."""
+    return jax.tree.map(lambda x: x[0], each)
 
 
 def _on(mesh: Mesh, function: Callable) -> Callable:

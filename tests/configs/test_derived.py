@@ -35,7 +35,7 @@ def test_without_fsdp_each_device_holds_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("stage", "axes"), [("ZERO_0", (-1, 1)), ("ZERO_1", (1, -1)), ("ZERO_2", (1, -1)), ("ZERO_3", (1, -1))]
+    ("stage", "axes"), [("ZERO_0", (-1, 1)), ("ZERO_1", (-1, 1)), ("ZERO_2", (-1, 1)), ("ZERO_3", (1, -1))]
 )
 def test_stages_of_deepspeed_become_axes_too(stage, axes):
     config = get_config()
@@ -43,6 +43,23 @@ def test_stages_of_deepspeed_become_axes_too(stage, axes):
     config.deepspeed.zero_stage = stage
     sizes = derived.mesh_axes(config)
     assert (sizes["data"], sizes["fsdp"]) == axes
+    shared = derived.memory(config)
+    assert shared == {
+        "split_state": stage in ("ZERO_1", "ZERO_2"),
+        "split_gradients": stage == "ZERO_2",
+        "on_host": False,
+    }
+    config.deepspeed.offload_optimizer = {"device": "cpu"}
+    assert derived.memory(config) == shared | {"on_host": True}
+
+
+def test_each_of_several_slices_holds_a_copy_of_the_model_unless_told_otherwise():
+    config = get_config()
+    config.mesh.fsdp = -1
+    assert derived.mesh_axes(config, slices=2) == {"data": 2, "fsdp": -1, "expert": 1, "tensor": 1, "context": 1}
+    config.mesh.data = 4
+    assert derived.mesh_axes(config, slices=2)["data"] == 4
+    assert derived.mesh_axes(get_config(), slices=2)["data"] == -1
 
 
 @pytest.mark.parametrize(
@@ -93,6 +110,8 @@ def test_gradient_checkpointing_recomputes_everything_unless_a_policy_says_what(
     assert derived.remat_policy(config) == "none"
     config.training.enable_gradient_checkpointing = True
     assert derived.remat_policy(config) == "full"
+    config.training.trainer_kwargs.activation_offloading = True
+    assert derived.remat_policy(config) == "offload"
     config.training.remat_policy = "dots"
     assert derived.remat_policy(config) == "dots"
 

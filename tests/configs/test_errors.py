@@ -144,7 +144,15 @@ def test_all_problems_are_told_at_once_each_with_its_place(problems):
         ("--peft.lora_bias=all", "not implemented yet: peft.lora_bias: all"),
         ("--peft.lora_init_weights=olora", "not implemented yet: peft.lora_init_weights: OLORA"),
         ("--model.torch_dtype_str=float16", "not implemented yet: model.torch_dtype_str: float16"),
+        (
+            "--deepspeed={enable_deepspeed: true, zero_stage: ZERO_1, offload_optimizer: {device: nvme}}",
+            "deepspeed.offload_optimizer.device: not implemented yet: nvme; allowed: cpu, none",
+        ),
         # rules
+        (
+            "--deepspeed.offload_optimizer={device: cpu}",
+            "deepspeed.offload_optimizer: needs enable_deepspeed: true and a zero_stage of ZERO_1 or more",
+        ),
         ("--peft.q_lora_bits=5", "peft.q_lora_bits: got 5; allowed: 4, 8"),
         (
             "--training.num_train_epochs=0",

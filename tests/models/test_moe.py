@@ -304,6 +304,7 @@ MESHES = [
     ("gpt_oss", 8, {"fsdp": 2, "tensor": 2, "expert": 2}),
     ("gpt_oss", 3, {"fsdp": 2, "tensor": 2, "expert": 2}),
     ("gpt_oss", 8, {"expert": 8}),
+    ("gpt_oss", 8, {"fsdp": 2, "expert": 2, "context": 2}),
     ("qwen2_moe", 8, {"data": 2, "expert": 2, "context": 2}),
     ("qwen2_moe", 3, {"expert": 2, "context": 4}),
     ("gate and up fused", 8, {"expert": 2, "tensor": 4}),
@@ -345,6 +346,13 @@ def test_experts_lie_where_the_mesh_says():
         "experts/down/kernel": P("expert", "tensor", "fsdp"),
         "experts/down/bias": P("expert"),
     }
+
+
+def test_devices_that_share_rows_of_tokens_share_the_experts_kernels_too():
+    mesh = make_mesh({"fsdp": 2, "context": 2, "expert": 2})
+    lain = shardings_of(mixture(SPLIT["gpt_oss"]), mesh)
+    assert lain["experts/gate_up/kernel"] == P("expert", ("fsdp", "context"), "tensor")
+    assert lain["experts/down/kernel"] == P("expert", "tensor", ("fsdp", "context"))
 
 
 def test_devices_never_hold_the_experts_of_others():
