@@ -116,6 +116,22 @@ def test_an_optimizer_of_the_users_trains_and_goes_on_bit_for_bit(files, tmp_pat
     assert "opt_state/0/mu/norm/scale" in arrays
 
 
+@pytest.mark.slow
+def test_a_run_whose_state_and_activations_lie_on_the_host_goes_on_bit_for_bit(files, tmp_path):
+    zero = "{enable_deepspeed: true, zero_stage: ZERO_1, offload_optimizer: {device: cpu}}"
+    own = {"trainer_kwargs.activation_offloading": "true", "save_steps": 5, "max_steps": 10, "eval_strategy": "no"}
+    words = ["train", "-c", str(files / "sft.yaml"), *(f"--training.{key}={value}" for key, value in own.items())]
+    words.append(f"--deepspeed={zero}")
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    done = einkorn(*words, "--training.output_dir", str(straight))
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(straight / "checkpoint-5", resumed / "checkpoint-5")
+    again = ("--training.output_dir", str(resumed), "--training.try_resume_from_last_checkpoint=true")
+    done = einkorn(*words, *again)
+    assert done.returncode == 0, done.stderr
+    assert state_of(resumed / "checkpoint-10") == state_of(straight / "checkpoint-10")
+
+
 def test_the_output_folder_holds_what_it_should(straight):
     names = {path.name for path in straight.iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "report.html"}
