@@ -67,7 +67,7 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def launch(target: str, config: Path, machine: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+def launch(target: str, config: Path | str, machine: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """`einkorn launch render --run`."""
     output = str(Path(machine["FAKE"]) / "rendered")
     command = [sys.executable, "-m", "launch", "launch", "render", "--target", target, "-c", str(config)]
@@ -172,6 +172,22 @@ def test_restartable_codes_start_it_again_words_arrive_as_they_are_and_tokens_st
     assert SECRET not in told
     for kept in tmp_path.rglob("secrets"):
         assert kept.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_python_file_goes_along_with_its_argument_and_loads_there(target, machine, tmp_path):
+    file, python = tmp_path / "the run.py", tmp_path / "stub"
+    file.write_text(
+        "def get_config(steps):\n    rows = {'datasets': [{'dataset_name': 'text_sft', 'dataset_path': 'it.jsonl'}]}\n"
+        "    training = {'max_steps': int(steps)}\n"
+        "    return {'model': {'model_name': 'tiny'}, 'data': {'train': rows}, 'training': training}\n"
+    )
+    loads = "import sys; from configs.load import load; print(load(sys.argv[1]).config.training.max_steps)"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{loads}' \"$5\" > '{tmp_path}/loaded'\n")
+    python.chmod(0o755)
+    done = launch(target, f"{file}:7", machine, *given(target, python))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "loaded").read_text() == "7\n"
 
 
 @pytest.mark.parametrize("target", TARGETS)
