@@ -34,12 +34,14 @@ def render(target: str, config: str, given: Sequence[str], overrides: Sequence[s
     """
     place = _target(target)
     values = _values(target, place.settings, given)
-    text = _configuration(config, overrides)
+    text, output_dir = _configuration(config, overrides)
     python = PYTHON.match(config)
     suffix, argument = (".py", f":{python[2]}" if python[2] else "") if python else (".yaml", "")
     here = str(Path(python[1] if python else config).resolve())
     where = (here if place.config is None else place.config.format(**values) + suffix) + argument
     script = place.template.endswith(".sh.in")
+    # Where a node is gone, SkyPilot kills the others, and these codes would mean a restart whatever it ended with.
+    codes = [code for code in RESTARTABLE if target != "skypilot" or code not in (137, 143)]
     words = ["-c", where, *overrides]
     filled = {name: shlex.quote(value) if script else _yaml(value) for name, value in values.items()}
     filled["name"] = values["name"]
@@ -51,10 +53,10 @@ def render(target: str, config: str, given: Sequence[str], overrides: Sequence[s
         "config": shlex.quote(here) if script else _yaml(here),
         "config_text": _yaml(text),
         "train": _quoted(words),
+        "output_dir": _quoted([output_dir]),
         "args": json.dumps([f"launch/env/{values['chip']}.env", *words], ensure_ascii=False),
-        "restartable": " | ".join(map(str, RESTARTABLE)),
-        # Where a node is gone, SkyPilot kills the others, and these codes would mean a restart whatever it ended with.
-        "restartable_list": str([code for code in RESTARTABLE if target != "skypilot" or code not in (137, 143)]),
+        "restartable": " | ".join(map(str, codes)),
+        "restartable_list": str(codes),
     }
     if "setup" in values:
         filled |= {"setup": values["setup"], "setup_text": _yaml(values["setup"])}
@@ -113,8 +115,10 @@ def _check(name: str, setting: Setting, value: str) -> None:
         raise ValueError(f"--set {name}: one line, not empty")
 
 
-def _configuration(config: str, overrides: Sequence[str]) -> str:
-    """The file's text, after it was loaded with the overrides, so that what is wrong shows here, not on the hosts."""
+def _configuration(config: str, overrides: Sequence[str]) -> tuple[str, str]:
+    """The file's text, after it was loaded with the overrides, so that what is wrong shows here, not on the hosts; and
+    the run's output_dir.
+    """
     loaded = load(config, list(overrides))
     plain: Any = loaded.config.to_dict()
     python = PYTHON.match(config)
@@ -124,7 +128,7 @@ def _configuration(config: str, overrides: Sequence[str]) -> str:
     words = " ".join((config, *overrides))
     if without_secrets(plain) != plain or redacted(text + words) != text + words or _planted(text + words):
         raise ValueError(f"{config}: has a token or password, which hosts get by the environment; take it out")
-    return text
+    return text, loaded.config.training.output_dir
 
 
 def _planted(text: str) -> bool:
