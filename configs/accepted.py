@@ -3,7 +3,7 @@
 A file that runs there runs here unchanged; the log lists once those that are set to something else than the default.
 """
 
-from configs.key import Table, later, no_effect
+from configs.key import Table, no_effect
 
 MODEL: Table = {
     "compile": no_effect(False, bool, "must stay false, as in Oumi; everything is compiled anyway"),
@@ -69,23 +69,12 @@ TRAINER_KWARGS: Table = {
 }
 
 PROFILER: Table = {
-    "enable_cpu_profiling": later(False, bool, "trace the host"),
-    "enable_cuda_profiling": later(False, bool, "trace the devices"),
-    "save_dir": no_effect(None, str, "where traces go"),
     "record_shapes": no_effect(False, bool, "a setting of torch"),
     "profile_memory": no_effect(False, bool, "a setting of torch"),
     "with_stack": no_effect(False, bool, "a setting of torch"),
     "with_flops": no_effect(False, bool, "a setting of torch"),
     "with_modules": no_effect(False, bool, "a setting of torch"),
     "row_limit": no_effect(50, int, "a setting of torch"),
-    "schedule": {
-        "enable_schedule": no_effect(False, bool, "trace some steps only"),
-        "wait": no_effect(0, int, "steps before each cycle", low=0),
-        "warmup": no_effect(1, int, "steps traced and thrown away", low=0),
-        "active": no_effect(3, int, "steps traced", low=1),
-        "repeat": no_effect(1, int, "cycles; 0: to the end", low=0),
-        "skip_first": no_effect(1, int, "steps before the first cycle", low=0),
-    },
 }
 
 TRAINING: Table = {
@@ -102,7 +91,6 @@ TRAINING: Table = {
     "ddp_find_unused_parameters": no_effect(None, bool, "a setting of torch"),
     "nccl_default_timeout_minutes": no_effect(None, float, "a setting of torch"),
     "empty_device_cache_steps": no_effect(None, int, "a setting of torch"),
-    "profiler": PROFILER,
     "telemetry": {
         "telemetry_dir": no_effect("telemetry", str, "output_dir holds the settings and metrics", null=True),
         "collect_telemetry_for_all_ranks": no_effect(False, bool, "the first process writes"),

@@ -182,6 +182,21 @@ TRAINER_KWARGS: Table = {
     **accepted.TRAINER_KWARGS,
 }
 
+PROFILER: Table = {
+    "enable_cpu_profiling": Key(False, bool, "profile some steps, on the host"),
+    "enable_cuda_profiling": Key(False, bool, "profile some steps, on the devices, whatever these are"),
+    "save_dir": Key(None, str, "folder of the profiles; null: profiler in output_dir"),
+    "schedule": {
+        "enable_schedule": Key(False, bool, "profile the steps that these say; false: the third to the fifth"),
+        "wait": Key(0, int, "steps before each cycle", low=0),
+        "warmup": Key(1, int, "further steps before each cycle", low=0),
+        "active": Key(3, int, "steps profiled", low=1),
+        "repeat": Key(1, int, "cycles; 0: to the end", low=0),
+        "skip_first": Key(1, int, "steps before the first cycle", low=0),
+    },
+    **accepted.PROFILER,
+}
+
 TRAINING: Table = {
     "trainer_type": Key(
         "HF",
@@ -272,6 +287,7 @@ TRAINING: Table = {
     "enable_mlflow": later(False, bool, "log to MLflow"),
     "metrics_function": later(None, str, "further metrics of evaluation"),
     "use_peft": Key(False, bool, "train a LoRA adapter, as section peft says"),
+    "profiler": PROFILER,
     "trainer_kwargs": TRAINER_KWARGS,
     **methods.TRAINING,
     **accepted.TRAINING,

@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.load import load
 from configs.secrets import HIDDEN, redacted, without_secrets
+from configs.sources import PYTHON
 from launch.targets import HERE, TARGETS, Setting, Target
 from trainers.exits import RESTARTABLE
 
@@ -33,10 +34,14 @@ def render(target: str, config: str, given: Sequence[str], overrides: Sequence[s
     """
     place = _target(target)
     values = _values(target, place.settings, given)
-    text = _configuration(config, overrides)
-    here = str(Path(config).resolve())
-    where = here if place.config is None else place.config.format(**values)
+    text, output_dir = _configuration(config, overrides)
+    python = PYTHON.match(config)
+    suffix, argument = (".py", f":{python[2]}" if python[2] else "") if python else (".yaml", "")
+    here = str(Path(python[1] if python else config).resolve())
+    where = (here if place.config is None else place.config.format(**values) + suffix) + argument
     script = place.template.endswith(".sh.in")
+    # Where a node is gone, SkyPilot kills the others, and these codes would mean a restart whatever it ended with.
+    codes = [code for code in RESTARTABLE if target != "skypilot" or code not in (137, 143)]
     words = ["-c", where, *overrides]
     filled = {name: shlex.quote(value) if script else _yaml(value) for name, value in values.items()}
     filled["name"] = values["name"]
@@ -44,13 +49,14 @@ def render(target: str, config: str, given: Sequence[str], overrides: Sequence[s
     filled |= {name: values[name] for name in bare}
     filled |= {
         "kind": target,
+        "suffix": suffix,
         "config": shlex.quote(here) if script else _yaml(here),
         "config_text": _yaml(text),
         "train": _quoted(words),
+        "output_dir": _quoted([output_dir]),
         "args": json.dumps([f"launch/env/{values['chip']}.env", *words], ensure_ascii=False),
-        "restartable": " | ".join(map(str, RESTARTABLE)),
-        # Where a node is gone, SkyPilot kills the others, and these codes would mean a restart whatever it ended with.
-        "restartable_list": str([code for code in RESTARTABLE if target != "skypilot" or code not in (137, 143)]),
+        "restartable": " | ".join(map(str, codes)),
+        "restartable_list": str(codes),
     }
     if "setup" in values:
         filled |= {"setup": values["setup"], "setup_text": _yaml(values["setup"])}
@@ -109,19 +115,20 @@ def _check(name: str, setting: Setting, value: str) -> None:
         raise ValueError(f"--set {name}: one line, not empty")
 
 
-def _configuration(config: str, overrides: Sequence[str]) -> str:
-    """The file's text, after it was loaded with the overrides, so that what is wrong shows here, not on the hosts."""
-    if not config.endswith((".yaml", ".yml")):
-        raise NotImplementedError(f"not implemented yet: launch of {config}; works now: a YAML file")
+def _configuration(config: str, overrides: Sequence[str]) -> tuple[str, str]:
+    """The file's text, after it was loaded with the overrides, so that what is wrong shows here, not on the hosts; and
+    the run's output_dir.
+    """
     loaded = load(config, list(overrides))
     plain: Any = loaded.config.to_dict()
-    text = Path(config).read_text(encoding="utf-8")
-    if bad := [word for word in overrides if not PLAIN.fullmatch(word)]:
+    python = PYTHON.match(config)
+    text = Path(python[1] if python else config).read_text(encoding="utf-8")
+    if bad := [word for word in (config, *overrides) if not PLAIN.fullmatch(word)]:
         raise ValueError(f"{bad[0]!r}: more than one line; put it into {config}")
-    words = " ".join(overrides)
+    words = " ".join((config, *overrides))
     if without_secrets(plain) != plain or redacted(text + words) != text + words or _planted(text + words):
         raise ValueError(f"{config}: has a token or password, which hosts get by the environment; take it out")
-    return text
+    return text, loaded.config.training.output_dir
 
 
 def _planted(text: str) -> bool:
@@ -130,7 +137,7 @@ def _planted(text: str) -> bool:
 
 def _quoted(words: Sequence[str]) -> str:
     """Words for a shell, inside single quotes too, that keep a beginning ~/ a home folder."""
-    return " ".join(word if re.fullmatch(r"~/[-\w./]+", word) else shlex.quote(word) for word in words)
+    return " ".join("~/" * word.startswith("~/") + shlex.quote(word.removeprefix("~/")) for word in words)
 
 
 def _yaml(value: str) -> str:

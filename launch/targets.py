@@ -20,7 +20,7 @@ class Setting(NamedTuple):
 @dataclass(frozen=True)
 class Target:
     """A place to run: its template in `targets/`, its settings, what runs the rendered file, and where on the hosts the
-    configuration then lies (None: where it is here)."""
+    configuration then lies, without its suffix (None: where it is here)."""
 
     about: str
     template: str
@@ -72,14 +72,14 @@ TARGETS = {
         "tpu.sh.in",
         _settings("v5e", **_TPU),
         ("bash", "{file}", "babysit"),
-        config="../train.yaml",
+        config="../train",
     ),
     "queued-resources": Target(
         "the same, waiting in Google Cloud's queue",
         "tpu.sh.in",
         _settings("v5e", **_TPU),
         ("bash", "{file}", "babysit"),
-        config="../train.yaml",
+        config="../train",
     ),
     "gke-jobset": Target(
         "a TPU slice on Google's Kubernetes",
@@ -93,7 +93,7 @@ TARGETS = {
             chips=Setting("4", "a host", number=True),
         ),
         ("kubectl", "apply", "-f", "{file}"),
-        config="/etc/einkorn/train.yaml",
+        config="/etc/einkorn/train",
     ),
     "slurm": Target(
         "SLURM, from a clone on a file system that all nodes see",
@@ -118,7 +118,7 @@ TARGETS = {
             gpus=Setting("8", "a pod", number=True),
         ),
         ("kubectl", "apply", "-f", "{file}"),
-        config="/etc/einkorn/train.yaml",
+        config="/etc/einkorn/train",
     ),
     "skypilot": Target(
         "whichever cloud SkyPilot finds",
@@ -131,6 +131,6 @@ TARGETS = {
             setup=_setup("cuda,gcs"),
         ),
         ("sky", "jobs", "launch", "--yes", "{file}"),
-        config="~/{name}.yaml",
+        config="~/{name}",
     ),
 }

@@ -52,6 +52,7 @@ from trainers.loop import Every, Run, Schedule
 from trainers.loop import train as run_loop
 from trainers.metrics import Metrics
 from trainers.perplexity import text_measures
+from trainers.profiler import Profiler, When
 from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
@@ -126,6 +127,7 @@ def _train(
             wandb=_wandb(config, meta) if training.enable_wandb else None,
         ) as metrics,
         Progress(plan.steps, done_steps=start) as progress,
+        _profiled(config, step, folder, start, progress.note) as step,
     ):
         progress.note(_beginning(config, mesh, model, feed, plan, start))
         if training.log_model_summary:
@@ -283,6 +285,22 @@ def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callabl
         by_rows=method.by_rows,
         memory=Memory(**derived.memory(config)),
     )
+
+
+@contextlib.contextmanager
+def _profiled(config: ConfigDict, step: Step, folder: Path, start: int, say: Callable[[str], None]) -> Iterator[Step]:
+    """The step, of which some are profiled where the configuration asks for it."""
+    profiler = config.training.profiler
+    host, devices, schedule = profiler.enable_cpu_profiling, profiler.enable_cuda_profiling, profiler.schedule
+    if not (host or devices):
+        yield step
+        return
+    when = When()
+    if schedule.enable_schedule:
+        when = When(schedule.skip_first, schedule.wait, schedule.warmup, schedule.active, schedule.repeat)
+    to = Path(profiler.save_dir).expanduser() if profiler.save_dir else folder / "profiler"
+    with Profiler(to, when, done_steps=start, host=host, devices=devices, say=say) as of:
+        yield step._replace(train=of.around(step.train))
 
 
 def export(folder: Path, parts: Parts, model: Model, *, mode: str) -> None:

@@ -117,6 +117,7 @@ def sky(words: list[str]) -> int:
         shutil.copy(here, there.replace("~", str(HOME)))
     hidden = {name: "" for name in ("HF_TOKEN", "WANDB_API_KEY") if name not in words}
     node = {"SKYPILOT_NODE_IPS": "127.0.0.1\n", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", **hidden}
+    node["SKYPILOT_TASK_ID"] = "sky-managed-7"
     recovered = job["resources"]["job_recovery"]["recover_on_exit_codes"]
     while True:
         code = host(["bash", "-c", job["setup"]], **node) or host(["bash", "-c", job["run"]], **node)

@@ -1,5 +1,6 @@
 """The command as a user runs it, in a process of its own: train, load the result, be killed and go on, fail well."""
 
+import gzip
 import json
 import os
 import shutil
@@ -67,12 +68,24 @@ def files(tmp_path_factory, tiny_chat_model, conversations) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(files) -> Path:
-    """The output of a run that nothing disturbed."""
-    done = einkorn("train", "-c", str(files / "sft.yaml"), "--training.output_dir", str(files / "straight"))
+    """The output of a run that nothing disturbed, and some of whose steps were profiled."""
+    profiled = ["--training.profiler.enable_cpu_profiling"]
+    done = einkorn("train", "-c", str(files / "sft.yaml"), "--training.output_dir", str(files / "straight"), *profiled)
     assert done.returncode == 0, done.stderr
+    assert f"profile for ui.perfetto.dev: {files / 'straight/profiler/steps-3-5'}" in done.stdout
+    assert "no effect here" not in done.stdout + done.stderr
     assert "60/60" in done.stdout
     assert "AutoModelForCausalLM.from_pretrained" in done.stdout
     return files / "straight"
+
+
+def test_a_profile_holds_its_steps_and_what_ran_in_them(straight):
+    (file,) = straight.glob("profiler/steps-3-5/plugins/profile/*/*.trace.json.gz")
+    with gzip.open(file) as text:
+        events = [event for event in json.load(text)["traceEvents"] if event.get("ph") == "X"]
+    steps = [event["args"]["step_num"] for event in events if event["name"] == "train"]
+    assert steps == ["3", "4", "5"]
+    assert sum(event["name"] == "PjitFunction(train)" for event in events) >= 3
 
 
 def state_of(checkpoint: Path) -> dict[str, bytes]:
