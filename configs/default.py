@@ -61,7 +61,10 @@ MODEL: Table = {
         later=("float16", "float64", "uint8"),
     ),
     "attn_implementation": Key(
-        None, ("auto", "splash", "xla"), "how attention is computed; null: auto", read_as=ATTENTION_NAMES
+        None,
+        ("auto", "splash", "cudnn", "triton", "xla"),
+        "kernel of attention (splash: TPUs; cudnn, triton: GPUs; xla: none), what it leaves the next; null: auto",
+        read_as=ATTENTION_NAMES,
     ),
     "chat_template": Key(None, str, "name or file of a chat template; auto or null: the tokenizer's own"),
     "model_kwargs": Key({}, dict, "fields of the model's config.json to change"),

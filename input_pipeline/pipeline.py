@@ -37,6 +37,7 @@ class Feed:
     longest_document: int  # the most tokens that see one another in a row
     useful: float | None  # share of the first epoch's places that hold a token, the rest is padding
     notices: tuple[str, ...]  # for the log
+    packed: bool = True  # a row may hold several documents that do not see one another, or answers
     together: int = 1  # answers of the policy's own that a row has, its prompt once before them
 
     @property
@@ -248,6 +249,7 @@ def _stream_feed(
         longest_document=length,
         useful=None,
         notices=streams.notices,
+        packed=packing is not None and recipe.isolate,
     )
 
 
@@ -309,6 +311,7 @@ def _feed(
         longest_document=made.longest_document,
         useful=useful,
         notices=(*notices, *data.notices),
+        packed=lay_out is not None or (packing is not None and isolate),
     )
 
 

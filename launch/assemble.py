@@ -172,14 +172,17 @@ def abstract_parts(model: Model) -> Parts:
     return parts._replace(trained=abstract_trained(model.lora, model.config, dtype=model.dtype))
 
 
-def compute_of(config: ConfigDict, model: Model, *, longest_document: int | None) -> Compute:
-    """How to compute: dtype, attention, what is recomputed, layers in one scan step, how far back attention reaches."""
+def compute_of(config: ConfigDict, model: Model, *, longest_document: int | None, packed: bool = True) -> Compute:
+    """How to compute: dtype, attention, what is recomputed, layers in one scan step, how far back attention reaches,
+    whether a row may hold several documents.
+    """
     return Compute(
         dtype=jnp.dtype(derived.compute_dtype(config) or model.dtype),
         attention=derived.attention(config),
         remat=derived.remat_policy(config),
         scan_unroll=min(config.training.scan_unroll, model.config.layers),
         longest_document=longest_document,
+        packed=packed,
         lora=model.lora,
     )
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -72,7 +73,8 @@ def _found(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed) -> tuple[li
 
 def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_rate) -> list[tuple[str, float]]:
     """Bytes a device, by kind. Exact for what lies there between steps; activations by a formula, good to some 30 %."""
-    method = method_of(config, model, longest_document=feed.longest_document, together=feed.together)
+    how: dict[str, Any] = {"longest_document": feed.longest_document, "packed": feed.packed}
+    method = method_of(config, model, **how, together=feed.together)
     step = step_of(config, model, mesh, learning_rate, method)
     parts = assemble.abstract_parts(model)
     trained, frozen = parts.trained, method.frozen(parts)
@@ -80,7 +82,7 @@ def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_ra
     kept_as_is = 0.0 if frozen is None else _bytes(frozen, parameter_shardings(frozen, mesh))
     state = jax.eval_shape(step.init.jitted, trained)  # type: ignore[attr-defined]
     moments = _bytes(state.opt_state, step.shardings.opt_state)
-    compute = assemble.compute_of(config, model, longest_document=feed.longest_document)
+    compute = assemble.compute_of(config, model, **how)
     accumulating = config.training.gradient_accumulation_steps > 1
     gradients = params * (2 if accumulating and model.dtype.itemsize == 2 else 1) * (2 if accumulating else 1)
     c, width = model.config, compute.dtype.itemsize

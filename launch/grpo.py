@@ -84,7 +84,7 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
         workers=training.reward_workers,
     ) as judge:
         means = Means(
-            sample=sampler(config, model, mesh),
+            sample=sampler(config, model, mesh, packed=together > 1),
             judge=judge,
             value=valuer(config, judge.names),
             decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
@@ -102,6 +102,7 @@ def own_answers(config: ConfigDict, model: Model, mesh: Mesh) -> Iterator[Feed]:
             longest_document=longest,
             useful=None,
             notices=asked.notices,
+            packed=together > 1,
             together=together,
         )
 
@@ -159,16 +160,16 @@ def evaluated_group(config: ConfigDict) -> int:
 
 
 def sampler(
-    config: ConfigDict, model: Model, mesh: Mesh
+    config: ConfigDict, model: Model, mesh: Mesh, *, packed: bool
 ) -> Callable[[TrainState, Any, Sequence[PromptRow], int, int], list[Generated]]:
     """A function (state, frozen, prompts, generation, group) → answers, by the parameters in training; generation -1 is
-    an evaluation's.
+    an evaluation's. Prompts are never packed; attention is computed as in training, whose rows may be.
     """
     learning = _sampling(derived.drawing(config))
     judged = _sampling(verl.settings(config).evaluation) if config.training.trainer_type == "VERL_GRPO" else learning
     stop_ids = stop_ids_of(model.generation_config or {}, model.tokenizer)
     strings, most = derived.stop_strings(config), derived.completion_length(config)
-    compute = compute_of(config, model, longest_document=None)
+    compute = compute_of(config, model, longest_document=None, packed=packed)
     slots = derived.rollout(config, replicas=replicas(mesh)).answers
 
     def sample(
@@ -239,7 +240,7 @@ def old_logprobs(
     config: ConfigDict, model: Model, mesh: Mesh, longest: int, *, shared: bool
 ) -> Callable[[TrainState, Any, HostBatch], np.ndarray]:
     """A function (state, frozen, batch) → log-probabilities of its targets [M, B, L] as training computes them."""
-    compute = compute_of(config, model, longest_document=longest)
+    compute = compute_of(config, model, longest_document=longest, packed=shared)
     score = policy_logprobs(scorer_of(config, model, compute, shared=shared))
     return _of_each(score, model, mesh)
 
@@ -249,7 +250,7 @@ def kl_penalty(config: ConfigDict, model: Model, mesh: Mesh, longest: int, *, to
     if config.training.trainer_type != "VERL_GRPO" or not verl.settings(config).use_kl_in_reward:
         return None
     says = verl.settings(config)
-    compute = compute_of(config, model, longest_document=longest)
+    compute = compute_of(config, model, longest_document=longest, packed=together > 1)
     scorer = scorer_of(config, model, compute, shared=together > 1)
     policy, reference = policy_logprobs(scorer), reference_logprobs(scorer)
 

@@ -41,11 +41,13 @@ class Method(NamedTuple):
         return held._replace(reference=copied(held.reference)) if given_away and isinstance(held, Frozen) else held
 
 
-def method_of(config: ConfigDict, model: Model, *, longest_document: int, together: int = 1) -> Method:
-    """The method that the configuration names; ValueError for settings of it that do not fit together. Of the policy's
-    own answers, rows have so many `together`.
+def method_of(
+    config: ConfigDict, model: Model, *, longest_document: int, packed: bool = True, together: int = 1
+) -> Method:
+    """The method that the configuration names; ValueError for settings of it that do not fit together. `packed`: rows
+    may hold several documents; of the policy's own answers, they have so many `together`.
     """
-    compute = compute_of(config, model, longest_document=longest_document)
+    compute = compute_of(config, model, longest_document=longest_document, packed=packed)
     drops = model.lora is not None and model.lora.dropout > 0
     if config.training.trainer_type in GRPO:
         loss = grpo.policy_loss_of(config, model, compute, together=together)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from configs import derived
 from input_pipeline.catalog import Entry, open_dataset
 from input_pipeline.examples import Chat, Example, Feedback, Message, Preference, RowError
 from input_pipeline.formats.conversation import as_messages
@@ -20,12 +21,14 @@ LONGEST_PROMPT = 512  # tokens
 LONGEST_ANSWER = 64  # tokens
 
 
-def sample_answers(config: ConfigDict, model: Model, *, after: Params, before: Callable[[], Params]) -> list[Sample]:
+def sample_answers(
+    config: ConfigDict, model: Model, *, packed: bool, after: Params, before: Callable[[], Params]
+) -> list[Sample]:
     """The first chats of the validation split (of the training data where there is none) that end with an answer, or
     with a preferred one, each answered by both models. None with several processes, or where rows are no chats.
 
     `before` gives the parameters that training started from; it is called at the end, so that no run waits for its
-    first step, and a resumed one has them too.
+    first step, and a resumed one has them too. Attention is computed as in training, whose rows may be `packed`.
     """
     split = config.data.validation if config.data.validation.datasets else config.data.train
     if jax.process_count() > 1 or not model.tokenizer.chat_template:
@@ -39,17 +42,18 @@ def sample_answers(config: ConfigDict, model: Model, *, after: Params, before: C
     if not chats:
         return []
     prompts = [prompt for prompt, _, _ in chats]
-    new = _answers(model, after, prompts)
-    old = _answers(model, before(), prompts)
+    how = {"attention": derived.attention(config), "packed": packed}
+    new = _answers(model, after, prompts, how)
+    old = _answers(model, before(), prompts, how)
     return [
         Sample(asked, answer_before, answer_after, expected)
         for (_, asked, expected), answer_before, answer_after in zip(chats, old, new, strict=True)
     ]
 
 
-def _answers(model: Model, params: Params, prompts: list[list[int]]) -> list[str]:
+def _answers(model: Model, params: Params, prompts: list[list[int]], how: dict[str, Any]) -> list[str]:
     stop_ids = stop_ids_of(model.generation_config or {}, model.tokenizer)
-    compute = Compute(dtype=params["embed"]["embedding"].dtype, lora=model.lora)
+    compute = Compute(dtype=params["embed"]["embedding"].dtype, lora=model.lora, **how)
     ids = generate(params, model.config, prompts, max_new_tokens=LONGEST_ANSWER, stop_ids=stop_ids, compute=compute)
     return [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 

@@ -103,7 +103,8 @@ def _train(
     asks = training.trainer_type in GRPO
     validation = validation_data(config, model, mesh) if training.eval_strategy != "no" and not asks else None
     learning_rate = learning_rate_of(config, mesh, plan.steps)
-    method = method_of(config, model, longest_document=longest_document(feed, validation), together=feed.together)
+    rows = rows_of(feed, validation)
+    method = method_of(config, model, **rows, together=feed.together)
     step = step_of(config, model, mesh, learning_rate, method)
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
     if resumed is None:
@@ -180,7 +181,11 @@ def _train(
         if training.save_final_model:
             export(folder, parts_now, model, mode=config.peft.peft_save_mode)
         samples = sample_answers(
-            config, model, after=merged(*parts_now), before=lambda: _at_first(config, model, mesh, frozen)
+            config,
+            model,
+            packed=rows["packed"],
+            after=merged(*parts_now),
+            before=lambda: _at_first(config, model, mesh, frozen),
         )
         report = _report(config, model, feed, samples, folder) if jax.process_index() == 0 else None
         if said := used(feed):
@@ -253,9 +258,13 @@ def _at_first(config: ConfigDict, model: Model, mesh: Mesh, frozen: Params | Non
     return merged(*first_weights(config, model, mesh))
 
 
-def longest_document(feed: Feed, validation: Feed | None) -> int:
-    """The most tokens that see one another in a row of either: attention need not reach further back."""
-    return max(feed.longest_document, validation.longest_document if validation else 0)
+def rows_of(feed: Feed, validation: Feed | None) -> dict[str, Any]:
+    """What attention is told of the rows of either: the most tokens that see one another, beyond which it need not
+    reach back, and whether a row may hold several documents.
+    """
+    feeds = [feed] if validation is None else [feed, validation]
+    longest = max(each.longest_document for each in feeds)
+    return {"longest_document": longest, "packed": any(each.packed for each in feeds)}
 
 
 def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], method: Method) -> Step:

@@ -9,12 +9,13 @@ to go on after the same beginning: a branch sees the beginning (branch 0) and it
 import functools
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models.blockwise import MASKED, blockwise
+from models.gpu_attention import WIDEST, cudnn, gpu_refuses, triton
 from models.sharding import platform
 from models.splash import splash
 
@@ -118,13 +119,28 @@ class Scores(NamedTuple):
     softcap: float | None
 
 
+class Asked(NamedTuple):
+    """What kind of attention is asked for: as `attend` is given it; the queries' shape (B, L, N, H) and dtype; among
+    how many devices a row's tokens are split.
+    """
+
+    where: Where | Seen
+    scores: Scores
+    reach: int | None
+    packed: bool
+    sinks: bool
+    shape: tuple[int, ...]
+    dtype: Any
+    context: int = 1
+
+
 class Backend(NamedTuple):
-    """One way to compute attention. `refuses(platform)` is the reason it cannot run there, or None; `leaves(where,
-    reach)` what kind of attention it leaves to "xla", which computes every kind, or None.
+    """One way to compute attention. `refuses(platform)` is the reason it cannot run there, or None; `leaves(asked)`
+    what kind of attention it leaves to those behind it, of which "xla", the last, computes every kind, or None.
     """
 
     refuses: Callable[[str], str | None]
-    leaves: Callable[[Where | Seen, int | None], str | None]
+    leaves: Callable[[Asked], str | None]
     attend: Callable[..., jax.Array]
 
 
@@ -139,6 +155,7 @@ def attend(
     softcap: float | None = None,
     sinks_N: jax.Array | None = None,
     reach: int | None = None,
+    packed: bool = True,
     backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention [B, L, N, H] of each query over the keys that `where` lets it see; scores and softmax in
@@ -147,25 +164,46 @@ def attend(
     `window`: a query sees so many keys at most, its own included. `softcap` c turns scores s into c tanh(s / c)
     (arXiv:2408.00118, §2). `sinks_N` is for each head the score of attending to nothing. `reach` promises that S = L,
     that query i sees no key after i, and none before i - reach + 1: products with keys out of reach are then left out.
-    `backend` is a name of BACKENDS, or "auto" for the first that runs on this platform. A named backend that cannot run
-    is a ValueError.
+    Not `packed` promises that a row is one document from its first place on, and what is behind it padding: attention
+    of padding may then be any finite numbers. `backend` is a name of BACKENDS, or "auto" for the first that runs on
+    this platform; what it leaves goes to the next that takes it. A named backend that cannot run is a ValueError.
     """
     scores = Scores(scale, window, softcap)
     if where.q_groups_BL is not None:
         reach = None  # a key may stand after its query
     elif reach is not None and window is not None and not where.branched:
         reach = min(reach, window)
-    name = pick(backend, platform())
-    if (kind := BACKENDS[name].leaves(where, reach)) is not None:
-        _leave(name, kind)
-        name = "xla"
-    return BACKENDS[name].attend(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
+    mesh = jax.sharding.get_abstract_mesh()
+    context = 1 if mesh.empty else mesh.shape["context"]
+    asked = Asked(where, scores, reach, packed, sinks_N is not None, q_BLNH.shape, q_BLNH.dtype, context)
+    chosen = BACKENDS[choose(backend, asked)]
+    return chosen.attend(q_BLNH, k_BSKH, v_BSKH, sinks_N, where=where, scores=scores, reach=reach)
+
+
+def choose(name: str, asked: Asked) -> str:
+    """The backend that computes what is asked for: the one picked by `name`, or the next one that takes what it
+    leaves.
+    """
+    here = platform()
+    left: dict[str, str] = {}
+    names = list(BACKENDS)
+    for candidate in names[names.index(pick(name, here)) :]:
+        backend = BACKENDS[candidate]
+        if backend.refuses(here) is not None:
+            continue
+        if (kind := backend.leaves(asked)) is None:
+            if left:
+                _leave(candidate, tuple(left.items()))
+            return candidate
+        left[candidate] = kind
+    raise ValueError(f"no attention backend on {here} takes this: {left}")
 
 
 @functools.cache
-def _leave(name: str, kind: str) -> None:
+def _leave(name: str, left: tuple[tuple[str, str], ...]) -> None:
     """Say, once, what is computed otherwise."""
-    log.info("attention: xla instead of %s for %s", name, kind)
+    reasons = ", ".join(f"of {other} for {kind}" for other, kind in left)
+    log.info("attention: %s instead %s", name, reasons)
 
 
 @functools.cache
@@ -288,18 +326,80 @@ def _splash(
     return splash(q_BLNH, k_BSKH, v_BSKH, segments_BL, sinks_N, scale=scale, softcap=softcap, reach=reach)
 
 
-def _not_causal(where: Where | Seen, reach: int | None) -> str | None:
+def _cudnn(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_N: None,
+    *,
+    where: Where,
+    scores: Scores,
+    reach: int,
+) -> jax.Array:
+    """cuDNN's kernel; a row is one document."""
+    return cudnn(q_BLNH, k_BSKH, v_BSKH, scale=scores.scale, window=scores.window)
+
+
+def _triton(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sinks_N: None,
+    *,
+    where: Where,
+    scores: Scores,
+    reach: int,
+) -> jax.Array:
+    """JAX's Triton kernel; segments are within the reach."""
+    return triton(q_BLNH, k_BSKH, v_BSKH, where.q_segments_BL, scale=scores.scale)
+
+
+def _not_causal(asked: Asked) -> str | None:
     """What kind of attention this is where it is more than that of each token to those of its segment before it."""
-    if isinstance(where, Seen):
+    if isinstance(asked.where, Seen):
         return "looks at pictures"
-    if where.branched:
+    if asked.where.branched:
         return "rows with branches"
-    return "queries and keys in different places, or that see both ways" if reach is None else None
+    return "queries and keys in different places, or that see both ways" if asked.reach is None else None
+
+
+def _not_plain(asked: Asked) -> str | None:
+    """What kind of causal attention this is where kernels for GPUs have no way to say it."""
+    if (kind := _not_causal(asked)) is not None:
+        return kind
+    if asked.scores.softcap is not None:
+        return "capped scores"
+    if asked.sinks:
+        return "sinks"
+    return "rows whose tokens are split over devices" if asked.context > 1 else None
+
+
+def _not_for_cudnn(asked: Asked) -> str | None:
+    width = asked.shape[-1]
+    if (kind := _not_plain(asked)) is not None:
+        return kind
+    if asked.packed:
+        return "rows of several documents"
+    if asked.dtype not in (jnp.bfloat16, jnp.float16):
+        return jnp.dtype(asked.dtype).name
+    return f"heads of width {width}" if width > 128 or width % 8 else None
+
+
+def _not_for_triton(asked: Asked) -> str | None:
+    (_, L, _, width), window = asked.shape, asked.scores.window
+    if (kind := _not_plain(asked)) is not None:
+        return kind
+    if window is not None and window < L:
+        return "a window"
+    size = width * jnp.dtype(asked.dtype).itemsize
+    return f"heads of {size} bytes a token" if size > WIDEST else None
 
 
 BACKENDS: dict[str, Backend] = {
     "splash": Backend(
         refuses=lambda platform: None if platform == "tpu" else "a kernel for TPUs", leaves=_not_causal, attend=_splash
     ),
-    "xla": Backend(refuses=lambda platform: None, leaves=lambda where, reach: None, attend=_xla),
+    "cudnn": Backend(refuses=gpu_refuses, leaves=_not_for_cudnn, attend=_cudnn),
+    "triton": Backend(refuses=gpu_refuses, leaves=_not_for_triton, attend=_triton),
+    "xla": Backend(refuses=lambda platform: None, leaves=lambda asked: None, attend=_xla),
 }

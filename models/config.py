@@ -92,8 +92,9 @@ class DecoderConfig:
 @dataclass(frozen=True)
 class Compute:
     """How to compute, which no checkpoint decides: dtype of activations, attention backend, what to recompute, layers
-    in one scan step, the longest document of a row (None: the row may be one), beyond which nobody looks back, and how
-    an adapter acts (a models.lora.Lora).
+    in one scan step, the longest document of a row (None: the row may be one), beyond which nobody looks back, whether
+    a row may hold several documents (not `packed`, it is one from its first place on, with nothing but padding behind),
+    and how an adapter acts (a models.lora.Lora).
     """
 
     dtype: Any = jnp.float32
@@ -101,4 +102,5 @@ class Compute:
     remat: str = "none"
     scan_unroll: int = 1
     longest_document: int | None = None
+    packed: bool = True
     lora: Any = None

@@ -232,6 +232,7 @@ def _run(
         attention=compute.attention,
         lora=compute.lora,
         sight=sight,
+        packed=compute.packed,
     )
     x_BLD = _embedded(params, config, tokens_BL, where.q_positions_BL, compute.dtype)
     deep: list[jax.Array] = []

@@ -36,7 +36,8 @@ class Sight(NamedTuple):
 
 class Road(NamedTuple):
     """What all layers share in one forward pass: rotary tables by kind, who sees whom, how far back (None: keys are in
-    a cache), the attention backend, how an adapter acts, and what there is to look at.
+    a cache), the attention backend, how an adapter acts, what there is to look at, and whether a row may hold several
+    documents.
     """
 
     tables: dict[Rope, tuple[jax.Array, jax.Array]]
@@ -45,6 +46,7 @@ class Road(NamedTuple):
     attention: str
     lora: Any
     sight: Sight | None = None
+    packed: bool = True
 
 
 class Cache(NamedTuple):
@@ -180,6 +182,7 @@ class Attention(nnx.Module):
             softcap=config.attention_softcap,
             sinks_N=self.sinks[...] if config.sinks else None,
             reach=road.reach,
+            packed=road.packed,
             backend=road.attention,
         )
         return self.o(out_BLNH.reshape(B, L, config.heads * config.head_width), road.lora), cache

@@ -1,5 +1,7 @@
 """Best-fit packing: by hand, against TRL's, and as properties."""
 
+import itertools
+
 import datasets
 import grain
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from input_pipeline.collate import line_of
 from input_pipeline.packing import Packed, Wrapped, cut, join, plan
+from tests.input_pipeline.test_pipeline import chat, feed, section, write
 
 
 def ids(*numbers):
@@ -156,3 +159,22 @@ def test_cut_documents_are_packed_as_by_trl(lengths, length):
     lines = grain.MapDataset.source([line_of(piece, number) for number, piece in enumerate(pieces)])
     ours = Packed(lines, lengths=counts, plan=plan(counts, length), seed=None)
     assert [ours[row].columns[:, 0].tolist() for row in range(len(ours))] == packed["input_ids"][:]
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_feed_knows_whether_its_rows_are_one_document_from_the_first_place_on(
+    tokenizer, tmp_path, packing, isolate, stream
+):
+    rows = write(tmp_path / "train.jsonl", [chat(number, 1 + 7 * number % 11) for number in range(11)])
+    data = section(rows, pack=packing is not None, isolate_documents=isolate, stream=stream)
+    options = {"packing": packing} if packing else {}
+    made = feed(data, tokenizer, max_length=128, epochs=None, **options)
+    batches = list(itertools.islice(made.batches, 3))
+    assert made.packed is (packing is not None and isolate)
+    for batch in batches:
+        there = batch["segments"] > 0
+        one = (batch["segments"] <= 1).all() and (batch["positions"] == np.arange(there.shape[-1]) * there).all()
+        assert one != made.packed
+        assert not (there[..., 1:] & ~there[..., :-1]).any()

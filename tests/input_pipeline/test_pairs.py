@@ -192,6 +192,7 @@ def test_every_epoch_has_every_pair_once_with_all_that_belongs_to_it(shuffle, to
     assert {batch["tokens"].shape[:2] for batch, _ in batches} == {(2, 2)}
     assert max(batch["tokens"].shape[2] for batch, _ in batches) <= made.longest
     assert made.longest_document == max(len(line["tokens"]) for line in expected.values())
+    assert made.packed
     assert (batches[0][1] == (0, 1, 2, 3)) is not shuffle
     assert batches[0][0]["weights"].dtype == batches[0][0]["reference"].dtype == np.float32
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models import attention, blockwise
-from models.attention import Scores, Seen, Where, attend
+from models.attention import Asked, Scores, Seen, Where, attend
 from models.sharding import make_mesh
 from models.splash import splash
 
@@ -27,6 +27,8 @@ PLACES = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, L))
 PACKED = Where(PLACES, PLACES, SEGMENTS, SEGMENTS)
 BRANCHES = jnp.asarray(RNG.integers(0, 3, (B, L)), jnp.int32)
 GROUPS = jnp.asarray(RNG.integers(0, 3, (B, L)) * (RNG.random((B, L)) > 0.8), jnp.int32)
+NOTHING = jnp.zeros((B, L), jnp.int32)
+SEEN = Seen(NOTHING, NOTHING, NOTHING > 0, NOTHING, NOTHING > 0)
 
 # What `where` is, window, cap, sinks, reach
 KINDS: dict[str, tuple[Where, int | None, float | None, bool, int | None]] = {
@@ -115,15 +117,21 @@ def test_long_rows_go_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [64]
 
 
+def asked(**changes: Any) -> Asked:
+    """Plain attention of rows of several documents, but for the changes."""
+    plain = Asked(
+        PACKED, Scores(0.3, None, None), L, packed=True, sinks=False, shape=(B, L, N, 64), dtype=jnp.dtype("bfloat16")
+    )
+    return plain._replace(**changes)
+
+
 def test_a_tpu_takes_the_kernel_for_text_and_leaves_the_rest() -> None:
     kernel = attention.BACKENDS["splash"]
     assert attention.pick("auto", "tpu") == "splash"
-    assert attention.pick("auto", "gpu") == "xla"
-    assert kernel.leaves(PACKED, L) is None
-    assert kernel.leaves(MORE["branches and a window"][0], L) == "rows with branches"
-    assert "both ways" in str(kernel.leaves(MORE["groups that see both ways"][0], None))
-    nothing = jnp.zeros((B, L), jnp.int32)
-    assert kernel.leaves(Seen(nothing, nothing, nothing > 0, nothing, nothing > 0), None) == "looks at pictures"
+    assert kernel.leaves(asked()) is None
+    assert kernel.leaves(asked(where=MORE["branches and a window"][0])) == "rows with branches"
+    assert "both ways" in str(kernel.leaves(asked(where=MORE["groups that see both ways"][0], reach=None)))
+    assert kernel.leaves(asked(where=SEEN, reach=None)) == "looks at pictures"
     with pytest.raises(
         ValueError, match=r"'splash' cannot run on cpu: a kernel for TPUs \(model.attn_implementation\)"
     ):
