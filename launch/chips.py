@@ -41,27 +41,30 @@ ALIASES = {"v5litepod": "v5e"}
 
 
 class Target(NamedTuple):
-    """So many chips of a kind; `topology` is libtpu's name for them, None for a GPU."""
+    """So many chips of a kind; `topology` is libtpu's name for those of a slice, None for a GPU."""
 
     name: str
     chip: Chip
     chips: int
     topology: str | None
+    slices: int = 1
 
 
 def target_of(name: str) -> Target:
-    """What `v5e-16`, `v5p-128` or `8xh100` means; ValueError says what can be asked for."""
-    gpu, tpu = re.fullmatch(r"(\d+)x(\w+)", name.lower()), re.fullmatch(r"(\w+)-(\d+)", name.lower())
-    kind, number = (gpu[2], int(gpu[1])) if gpu else (tpu[1], int(tpu[2])) if tpu else ("", 0)
+    """What `v5e-16`, `2xv5e-16` (two slices), `v5p-128` or `8xh100` means; ValueError says what can be asked for."""
+    gpu, tpu = re.fullmatch(r"(\d+)x(\w+)", name.lower()), re.fullmatch(r"(?:(\d+)x)?(\w+)-(\d+)", name.lower())
+    kind, number = (gpu[2], int(gpu[1])) if gpu else (tpu[2], int(tpu[3])) if tpu else ("", 0)
+    slices = int(tpu[1] or 1) if tpu else 1
     chip = CHIPS.get(ALIASES.get(kind, kind))
-    if chip is None or (chip.tpu is None) != (gpu is not None) or number < 1 or number % chip.cores:
+    if chip is None or (chip.tpu is None) != (gpu is not None) or min(number, slices) < 1 or number % chip.cores:
         known = ", ".join(CHIPS)
         raise ValueError(
-            f"--target {name!r}: give a TPU as v5e-16 or v5p-128 (v4 and v5p count two cores a chip), GPUs as 8xh100; "
-            f"there are {known}"
+            f"--target {name!r}: give a TPU as v5e-16, 2xv5e-16 (two slices) or v5p-128 (v4 and v5p count two cores a "
+            f"chip), GPUs as 8xh100; there are {known}"
         )
     count = number // chip.cores
-    return Target(name, chip, count, None if chip.tpu is None else f"{chip.tpu}:{_shape(count, chip.dimensions, name)}")
+    topology = None if chip.tpu is None else f"{chip.tpu}:{_shape(count, chip.dimensions, name)}"
+    return Target(name, chip, slices * count, topology, slices)
 
 
 def _shape(count: int, dimensions: int, name: str) -> str:

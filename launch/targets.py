@@ -82,15 +82,16 @@ TARGETS = {
         config="../train",
     ),
     "gke-jobset": Target(
-        "a TPU slice on Google's Kubernetes",
+        "TPU slices on Google's Kubernetes",
         "jobset.yaml.in",
         _settings(
             "v5e",
             **_CLUSTER,
             accelerator=Setting("tpu-v5-lite-podslice", "tpu-v5p-slice, tpu-v6e-slice"),
             topology=Setting(None, "such as 4x4"),
-            hosts=Setting(None, "of the slice: its chips over `chips`", number=True),
+            hosts=Setting(None, "of a slice: its chips over `chips`", number=True),
             chips=Setting("4", "a host", number=True),
+            slices=Setting("1", "each with a copy of the model at least; GKE tells them of one another", number=True),
         ),
         ("kubectl", "apply", "-f", "{file}"),
         config="/etc/einkorn/train",

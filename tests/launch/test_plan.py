@@ -36,6 +36,7 @@ GIB = 2**30
         ("v5p-128", 64, "v5p:4x4x4"),  # cores, two a chip
         ("v5p-8", 4, "v5p:2x2x1"),
         ("v4-32", 16, "v4:2x2x4"),
+        ("2xv5e-16", 32, "v5e:4x4"),
         ("8xh100", 8, None),
     ],
 )
@@ -43,10 +44,10 @@ def test_a_target_is_so_many_chips_in_this_shape(name, chips, topology):
     goal = target_of(name)
     assert (goal.chips, goal.topology) == (chips, topology)
     if topology:
-        assert math.prod(map(int, topology.split(":")[1].split("x"))) == chips
+        assert goal.slices * math.prod(map(int, topology.split(":")[1].split("x"))) == chips
 
 
-@pytest.mark.parametrize("name", ["v5e-12", "v5p-3", "h100-8", "16xv5e", "v9-4", "", "v5e"])
+@pytest.mark.parametrize("name", ["v5e-12", "v5p-3", "h100-8", "16xv5e", "0xv5e-4", "v9-4", "", "v5e"])
 def test_a_target_that_is_none_is_refused_with_those_that_are(name):
     with pytest.raises(ValueError, match="--target"):
         target_of(name)

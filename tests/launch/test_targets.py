@@ -115,6 +115,9 @@ def test_manifests_have_what_a_cluster_asks_for_and_their_names_fit(target, conf
         job = found["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
         device = "google.com/tpu"
         assert job["parallelism"] == job["completions"] == 1
+        assert found["JobSet"]["spec"]["replicatedJobs"][0]["replicas"] == 1
+        (_, two) = yaml.safe_load_all(text(target, config, "name=run-1", "slices=2"))
+        assert two["spec"]["replicatedJobs"][0]["replicas"] == 2
         assert set(job["template"]["spec"]["nodeSelector"]) == {
             "cloud.google.com/gke-tpu-accelerator",
             "cloud.google.com/gke-tpu-topology",
