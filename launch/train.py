@@ -40,6 +40,7 @@ from launch.flops import flops_of
 from launch.grpo import of_own_answers, own_answers
 from launch.method import Method, method_of
 from launch.samples import sample_answers
+from models.attention_check import check_attention
 from models.decoder import Params
 from models.lora import Parts, merged
 from models.sharding import replicas
@@ -105,6 +106,7 @@ def _train(
     learning_rate = learning_rate_of(config, mesh, plan.steps)
     rows = rows_of(feed, validation)
     method = method_of(config, model, **rows, together=feed.together)
+    check_attention(model.config, assemble.compute_of(config, model, **rows), mesh=mesh, length=feed.longest)
     step = step_of(config, model, mesh, learning_rate, method)
     resumed = _resume(config, checkpoints, step, model, feed, allow_config_change=allow_config_change)
     if resumed is None:

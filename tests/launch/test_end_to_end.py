@@ -255,6 +255,31 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(files, words, message):
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
+BROKEN = """
+import launch.train
+from launch.cli import main
+from models.attention import BACKENDS
+
+BACKENDS["splash"] = BACKENDS["splash"]._replace(refuses=lambda platform: None, attend=lambda q, *_, **__: q)
+launch.train.first_weights = lambda *_: print("weights are read")
+main()
+"""
+
+
+def test_a_kernel_of_attention_that_is_wrong_here_ends_the_run_before_weights_are_read(files):
+    words = ("train", "-c", str(files / "sft.yaml"), "--training.output_dir", str(files / "broken"))
+    command = [sys.executable, "-c", BROKEN, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: attention backend 'splash' is wrong on cpu: the output is off by")
+    assert error.endswith("set model.attn_implementation: xla")
+    assert "weights are read" not in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_a_bad_row_names_file_and_row_or_is_skipped_and_counted(files):
     bad = files / "bad.jsonl"
     lines = (files / "train.jsonl").read_text().splitlines()
