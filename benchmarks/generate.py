@@ -3,8 +3,9 @@ answers of unlike lengths.
 
     python -m benchmarks.generate
     python -m benchmarks.generate --only spread
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks.generate --shape 1b --dtype bfloat16    a GPU, no network
 
-Both programs answer the same prompts greedily in float32 in one process, in turns (einkorn, transformers, einkorn,
+Both programs answer the same prompts greedily in one process, in turns (einkorn, transformers, einkorn,
 transformers), with as many new tokens for every row; einkorn has compiled before. The floor of a step is what binds:
 weights and cache at the bandwidth of a sum over as many bytes, or its products at the rate of a large one. With
 `spread`, answers are 1 to 8 times as long as the shortest, in random order, and as many even ones hold as many tokens.
@@ -14,11 +15,13 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.random_model import add_options, model_of
 from benchmarks.sft_step import SMOLLM2
 
 SPREAD = 8  # the longest answer by the shortest
@@ -34,6 +37,12 @@ class Ours(NamedTuple):
 
 def main() -> None:
     options = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        options.model = model_of(options, Path(scratch))
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     ours = open_ours(options)
     if options.only != "spread":
         seconds = against_transformers(options, ours)
@@ -45,7 +54,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(SMOLLM2), help="model folder (default: %(default)s)")
+    add_options(parser, model=SMOLLM2)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of both programs (default: %(default)s)")
     add("--rows", type=int, default=16, help="rows decoded together (default: %(default)s)")
     add("--prompt", type=int, default=64, help="tokens of a prompt (default: %(default)s)")
     add("--new", type=int, default=128, help="new tokens (default: %(default)s)")
@@ -65,7 +75,7 @@ def open_ours(options: argparse.Namespace) -> Ours:
     folder = Path(options.model)
     config = decoder_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = load_params(folder, config, shardings=place, dtype="float32")
+    params = load_params(folder, config, shardings=place, dtype=options.dtype)
     draw = random.Random(0)
     prompts = [[draw.randrange(100, config.vocabulary) for _ in range(options.prompt)] for _ in range(options.rows)]
     return Ours(params, config, prompts)
@@ -84,8 +94,9 @@ def against_transformers(options: argparse.Namespace, ours: Ours) -> float:
 
     from models.generate import GREEDY, complete
 
-    theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    tokens = torch.tensor(ours.prompts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(device).eval()
+    tokens = torch.tensor(ours.prompts, device=device)
     sampling = GREEDY._replace(temperature=options.temperature)
 
     def einkorn() -> None:
@@ -99,7 +110,7 @@ def against_transformers(options: argparse.Namespace, ours: Ours) -> float:
             max_new_tokens=options.new,
             min_new_tokens=options.new,
             do_sample=False,
-        )
+        ).cpu()
 
     einkorn()
     programs = {"einkorn": einkorn, "transformers": transformers}
@@ -121,16 +132,16 @@ def print_floor(options: argparse.Namespace, ours: Ours, seconds: float) -> None
     import jax.numpy as jnp
 
     weights = sum(leaf.size for leaf in jax.tree.leaves(ours.params))
-    config, side = ours.config, 1536
-    flat = jnp.ones((weights,), jnp.float32)
-    square = jnp.ones((side, side), jnp.float32)
+    config, side, width = ours.config, 1536, jnp.dtype(options.dtype).itemsize
+    flat = jnp.ones((weights,), options.dtype)
+    square = jnp.ones((side, side), options.dtype)
     read, product = jax.jit(jnp.sum), jax.jit(jnp.matmul)
     jax.block_until_ready((read(flat), product(square, square)))
-    bandwidth = 4 * weights / min(timed(lambda: read(flat).block_until_ready()) for _ in range(7))
+    bandwidth = width * weights / min(timed(lambda: read(flat).block_until_ready()) for _ in range(7))
     rate = 2 * side**3 / min(timed(lambda: product(square, square).block_until_ready()) for _ in range(7))
     places = options.prompt + options.new / 2
     cache = 2 * config.layers * options.rows * config.kv_heads * config.head_width * places
-    reading, multiplying = 4 * (weights + cache) / bandwidth, 2 * weights * options.rows / rate
+    reading, multiplying = width * (weights + cache) / bandwidth, 2 * weights * options.rows / rate
     prefill = 2 * weights * options.rows * options.prompt / rate
     floor = prefill + options.new * max(reading, multiplying)
     print(

@@ -2,11 +2,12 @@
 
     python -m benchmarks.grpo_step                      full weights
     python -m benchmarks.grpo_step --lora               an adapter
+    python -m benchmarks.grpo_step --shape 1b --bf16 --group 16 --answer 256        a GPU, no network
 
-Both programs run whole, from a configuration to a log, in float32, each in a process of its own, in turns (einkorn,
-TRL, einkorn, TRL), on the questions of the preference quickstart. TRL generates with transformers, as it does where
-vLLM is not. What is generated differs, but no answer is longer than `--answer` tokens, and the mean lengths are
-printed. The first steps are left out of the times: they compile.
+Both programs run whole, from a configuration to a log, in float32 or with `--bf16`, each in a process of its own, in
+turns (einkorn, TRL, einkorn, TRL), both on the GPU where there is one, on the questions of the preference quickstart.
+TRL generates with transformers, as it does where vLLM is not. What is generated differs, but no answer is longer than
+`--answer` tokens, and the mean lengths are printed. The first steps are left out of the times: they compile.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.random_model import add_options, model_of
 from benchmarks.sft_step import SMOLLM2, run
 
 QUESTIONS = Path(__file__).resolve().parents[1] / "configs/quickstart/preferences_train.jsonl"
@@ -34,6 +36,7 @@ class Work(NamedTuple):
     steps: int
     warm: int
     lora: bool
+    bf16: bool
 
 
 class Measured(NamedTuple):
@@ -49,13 +52,15 @@ def main() -> None:
         train_with_trl(Work(**json.loads(options.trl)))
         return
     with tempfile.TemporaryDirectory() as scratch:
+        options.model = model_of(options, Path(scratch))
         compare(options, Path(scratch))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(SMOLLM2), help="model folder (default: %(default)s)")
+    add_options(parser, model=SMOLLM2)
+    add("--bf16", action="store_true", help="compute in bfloat16, with parameters in float32")
     add("--lora", action="store_true", help="train an adapter")
     add("--group", type=int, default=8, help="answers of a step, all to one prompt (default: %(default)s)")
     add("--answer", type=int, default=64, help="tokens of an answer at most (default: %(default)s)")
@@ -72,7 +77,9 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
     data.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
     steps = options.warm + options.steps
-    work = Work(options.model, str(data), options.group, options.answer, steps, options.warm, options.lora)
+    work = Work(
+        options.model, str(data), options.group, options.answer, steps, options.warm, options.lora, options.bf16
+    )
     print(f"{'LoRA' if options.lora else 'full weights'}, {work.group} answers of up to {work.answer} tokens")
     seconds: dict[str, list[float]] = {"einkorn": [], "TRL": []}
     for turn in range(options.repeat):
@@ -104,6 +111,7 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
             "save_steps": 0,
             "save_final_model": False,
             "enable_tensorboard": False,
+            "mixed_precision_dtype": "BF16" if work.bf16 else "NONE",
             "use_peft": work.lora,
             "grpo": {"num_generations": work.group, "max_completion_length": work.answer, "temperature": 1.0},
         },
@@ -137,7 +145,7 @@ def timed(ends: list[float], lengths: list[float], work: Work) -> Measured:
 
 
 def train_with_trl(work: Work) -> None:
-    """GRPOTrainer as it comes, but in float32 without checkpointing; prints when steps ended, and answers' lengths."""
+    """GRPOTrainer as it comes, but without checkpointing; prints when steps ended, and answers' lengths."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -163,8 +171,8 @@ def train_with_trl(work: Work) -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=work.bf16,
         gradient_checkpointing=False,
         disable_tqdm=True,
     )

@@ -1,15 +1,17 @@
 """Einkorn against TRL on this machine: seconds of a training step, and peak memory, on the same model and rows.
 
-    python benchmarks/sft_step.py --model ~/.cache/einkorn/SmolLM2-135M-Instruct
-    python benchmarks/sft_step.py --setting equal-rows --rows 128
+    python -m benchmarks.sft_step --model ~/.cache/einkorn/SmolLM2-135M-Instruct
+    python -m benchmarks.sft_step --setting equal-rows --rows 128
+    python -m benchmarks.sft_step --shape 1b --bf16 --setting equal-work --batch 8 --tokens 2048      a GPU, no network
 
 Two settings. `equal-work`: every row is cut to the same length and all its tokens are trained, so both programs
 multiply the same matrices. `equal-rows`: the same conversations, padded by TRL as it does by default and packed by
 einkorn into rows that together hold about as many conversations as TRL's batch. They are real chats of two people (the
 package chitchat-dataset, MIT licence, fetched once), of 35 to 512 tokens; or those of a file.
 
-Both programs run whole, from a configuration to a log, in float32, each in a process of its own, in turns (einkorn,
-TRL, einkorn, TRL). The first steps are left out of the times: they compile. Memory is the peak resident set.
+Both programs run whole, from a configuration to a log, in float32 or with `--bf16`, each in a process of its own, in
+turns (einkorn, TRL, einkorn, TRL), both on the GPU where there is one. The first steps are left out of the times: they
+compile. Memory is the peak resident set, of the host.
 """
 
 import argparse
@@ -25,6 +27,8 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.random_model import add_options, model_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATS = "chitchat-dataset==0.9.0"
@@ -42,6 +46,7 @@ class Work(NamedTuple):
     batch: int
     steps: int
     warm: int
+    bf16: bool
     packed: bool = False
 
 
@@ -67,6 +72,7 @@ def main() -> None:
         train_with_trl(Work(**json.loads(options.trl)))
         return
     with tempfile.TemporaryDirectory() as scratch:
+        options.model = model_of(options, Path(scratch))
         for setting in options.setting or ["equal-work", "equal-rows"]:
             compare(setting, options, Path(scratch) / setting)
 
@@ -74,7 +80,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(SMOLLM2), help="model folder (default: %(default)s)")
+    add_options(parser, model=SMOLLM2)
+    add("--bf16", action="store_true", help="compute in bfloat16, with parameters in float32")
     add("--setting", action="append", choices=["equal-work", "equal-rows"], help="one of the two (default: both)")
     add("--data", help="conversations of equal-rows, a jsonl file (default: real chats, fetched)")
     add("--rows", type=int, default=64, help="how many of them (default: %(default)s)")
@@ -119,7 +126,7 @@ def equal_work(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
     sentence = " ".join(f"{(i * 7919) % 10007}" for i in range(options.tokens))  # at least one token for each number
     rows = [{"messages": [{"role": "user", "content": f"{i}: {sentence}"}]} for i in range(count)]
     file = write_rows(rows, scratch)
-    work = Work(options.model, file, count, options.tokens, options.batch, steps, options.warm)
+    work = Work(options.model, file, count, options.tokens, options.batch, steps, options.warm, options.bf16)
     return work, work
 
 
@@ -142,7 +149,7 @@ def equal_rows(options: argparse.Namespace, scratch: Path) -> tuple[Work, Work]:
     packed = -(-max(max(lengths), round(options.batch * mean / options.packed_rows)) // 64) * 64
     print(f"{len(rows)} conversations of {min(lengths)} to {max(lengths)} tokens, {mean:.0f} on average")
     file, steps = write_rows(rows, scratch), options.warm + options.steps
-    padded = Work(options.model, file, len(rows), max(lengths), options.batch, steps, options.warm)
+    padded = Work(options.model, file, len(rows), max(lengths), options.batch, steps, options.warm, options.bf16)
     return padded, padded._replace(length=packed, batch=options.packed_rows, packed=True)
 
 
@@ -187,6 +194,7 @@ def run_einkorn(work: Work, folder: Path) -> Measured:
             "save_steps": 0,
             "save_final_model": False,
             "enable_tensorboard": False,
+            "mixed_precision_dtype": "BF16" if work.bf16 else "NONE",
         },
     }
     file = folder.with_suffix(".yaml")
@@ -199,7 +207,7 @@ def run_einkorn(work: Work, folder: Path) -> Measured:
 def run_trl(work: Work, folder: Path) -> Measured:
     """This script again, as a process that only trains with TRL."""
     log = folder.with_suffix(".log")
-    gigabytes = run([sys.executable, __file__, "--trl", json.dumps(work._asdict())], log)
+    gigabytes = run([sys.executable, "-m", "benchmarks.sft_step", "--trl", json.dumps(work._asdict())], log)
     return measured(json.loads(log.read_text(encoding="utf-8").splitlines()[-1]), work, gigabytes)
 
 
@@ -222,7 +230,7 @@ def run(command: list[str], log: Path) -> float:
 
 
 def train_with_trl(work: Work) -> None:
-    """SFTTrainer as it comes, but in float32 without checkpointing; prints the time and epoch of every step's end."""
+    """SFTTrainer as it comes, but without checkpointing; prints the time and epoch of every step's end."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -243,8 +251,8 @@ def train_with_trl(work: Work) -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=work.bf16,
         gradient_checkpointing=False,
         disable_tqdm=True,
     )

@@ -116,6 +116,12 @@ def test_no_file_is_longer_than_a_sitting():
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
 
 
+def test_every_benchmark_stands_in_the_table_of_them():
+    table = _text(ROOT / "benchmarks/README.md")
+    commands = [file.stem for file in (ROOT / "benchmarks").glob("*.py") if '"__main__"' in _text(file)]
+    assert not [name for name in commands if not re.search(rf"`python (-m )?benchmarks[./]{name}(\.py)?`", table)]
+
+
 def test_every_module_begins_by_saying_what_it_is():
     assert not [module for module in _modules() if not ast.get_docstring(_tree(module))]
 
