@@ -2,10 +2,17 @@
 explicit address.
 
 An explicit start sets, for each process: `EINKORN_COORDINATOR=host:port`, `EINKORN_PROCESSES=n`, `EINKORN_PROCESS=i`.
+
+A process alone that has several CPU devices starts as one of one. Its devices then add up by gloo, as those of several
+processes do, and in the same order: the same devices give the same numbers, bit for bit, however processes share them.
+Within a process XLA adds from the first device to the last, which GRPO, whose gradients nearly cancel, shows: 2e-6 in
+the gradient's norm after four updates. Accelerators are not concerned.
 """
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
@@ -36,13 +43,28 @@ def arguments(environment: Mapping[str, str]) -> dict[str, object] | None:
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Join the run's other processes, if there are any. Must come before anything touches a device."""
     import jax
+    from jax._src import xla_bridge  # jax has no public way to ask whether a device was touched
 
     if (found := arguments(environment)) is None:
-        return
+        if not has_several_cpus(environment) or xla_bridge.backends_are_initialized():
+            return
+        found = {"coordinator_address": f"localhost:{_free_port()}", "num_processes": 1, "process_id": 0}
     # Its own way to be told of a SIGTERM, in the place of which a handler of Python's could not be put back.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT)  # type: ignore[arg-type]
     log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def has_several_cpus(environment: Mapping[str, str]) -> bool:
+    """Whether jax is told to use the CPU alone, and as several devices."""
+    count = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", ""))
+    return environment.get("JAX_PLATFORMS") == "cpu" and bool(count) and int(count[-1]) > 1
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
 
 
 def _several_tasks(environment: Mapping[str, str]) -> bool:

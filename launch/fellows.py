@@ -56,7 +56,7 @@ class Together:
     def __init__(self) -> None:
         from jax._src.distributed import global_state  # jax has no public way to its key-value store
 
-        self._store: Any = global_state.client
+        self._store: Any = global_state.client if global_state.num_processes > 1 else None
         self._over = threading.Event()
         self._ends = threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
