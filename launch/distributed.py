@@ -48,7 +48,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     if (found := arguments(environment)) is None:
         if not has_several_cpus(environment) or xla_bridge.backends_are_initialized():
             return
-        found = {"coordinator_address": f"localhost:{_free_port()}", "num_processes": 1, "process_id": 0}
+        here = f"localhost:{_free_port()}"  # heard by nobody outside
+        found = {"coordinator_address": here, "coordinator_bind_address": here, "num_processes": 1, "process_id": 0}
     # Its own way to be told of a SIGTERM, in the place of which a handler of Python's could not be put back.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT)  # type: ignore[arg-type]
