@@ -56,8 +56,10 @@ def train(
     --data.train.datasets[0].dataset_path x
     """
     loaded = _load(config, context.args)
+    from launch.distributed import start_alone
     from launch.train import run
 
+    start_alone()
     run(loaded, allow_config_change=allow_config_change)
 
 

@@ -3,10 +3,11 @@ explicit address.
 
 An explicit start sets, for each process: `EINKORN_COORDINATOR=host:port`, `EINKORN_PROCESSES=n`, `EINKORN_PROCESS=i`.
 
-A process alone that has several CPU devices starts as one of one. Its devices then add up by gloo, as those of several
-processes do, and in the same order: the same devices give the same numbers, bit for bit, however processes share them.
-Within a process XLA adds from the first device to the last, which GRPO, whose gradients nearly cancel, shows: 2e-6 in
-the gradient's norm after four updates. Accelerators are not concerned.
+A process alone that has several CPU devices starts as one of one, from the command line. Its devices then add up by
+gloo, as those of several processes do, and in the same order: the same devices give the same numbers, bit for bit,
+however processes share them. Otherwise XLA adds from the first device to the last, and rounds otherwise, which Adam's
+first steps enlarge where a gradient is about as small as its epsilon: GRPO's norm was off by 2e-6 after four updates.
+Accelerators are not concerned.
 """
 
 import logging
@@ -42,17 +43,25 @@ def arguments(environment: Mapping[str, str]) -> dict[str, object] | None:
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Join the run's other processes, if there are any. Must come before anything touches a device."""
-    import jax
-    from jax._src import xla_bridge  # jax has no public way to ask whether a device was touched
+    if (found := arguments(environment)) is not None:
+        _initialize(found)
 
-    if (found := arguments(environment)) is None:
-        if not has_several_cpus(environment) or xla_bridge.backends_are_initialized():
-            return
+
+def start_alone(environment: Mapping[str, str] = os.environ) -> None:
+    """Where there are no others and jax is to see several CPU devices, start as one process of one; else nothing."""
+    if arguments(environment) is None and has_several_cpus(environment):
         here = f"localhost:{_free_port()}"  # heard by nobody outside
-        found = {"coordinator_address": here, "coordinator_bind_address": here, "num_processes": 1, "process_id": 0}
+        _initialize(
+            {"coordinator_address": here, "coordinator_bind_address": here, "num_processes": 1, "process_id": 0}
+        )
+
+
+def _initialize(given: Mapping[str, object]) -> None:
+    import jax
+
     # Its own way to be told of a SIGTERM, in the place of which a handler of Python's could not be put back.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT)  # type: ignore[arg-type]
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)  # type: ignore[arg-type]
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 

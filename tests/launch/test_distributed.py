@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 SUM = """
 import numpy as np
 from launch import distributed
+distributed.start_alone()
 distributed.start()
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P

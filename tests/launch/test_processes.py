@@ -110,7 +110,7 @@ def files(tmp_path_factory, tiny_chat_model, tiny_seeing_model, conversations, c
         {"messages": row["prompt"], **{side: {"messages": row[side]} for side in ("chosen", "rejected")}}
         for row in pairs(32)
     ]
-    seen = [json.loads(line) for line in coloured_rows.read_text().splitlines()]
+    seen = {"train": {"datasets": [{"dataset_name": "vl_sft_jsonl", "dataset_path": str(coloured_rows)}]}}
     asked = [{"prompt": sentence(i, 4), "wanted": "mill"} for i in range(24)]
     grpo = {
         "reward_functions": [f"{folder}/own.py:grains"],
@@ -119,7 +119,7 @@ def files(tmp_path_factory, tiny_chat_model, tiny_seeing_model, conversations, c
     }
     methods = {
         "sft": ("TRL_SFT", data("chats", conversations, "text_sft", pack=True), {}),
-        "vl_sft": ("TRL_SFT", data("seen", seen, "vl_sft_jsonl"), {}),
+        "vl_sft": ("TRL_SFT", seen, {}),
         "clm": ("OUMI", data("texts", texts[:120], "text", pack=True), {}),
         "dpo": ("TRL_DPO", data("pairs", preferred, "preference_pairs_jsonl"), {}),
         "grpo": ("TRL_GRPO", data("prompts", asked, "text_sft"), grpo),
