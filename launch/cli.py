@@ -79,14 +79,20 @@ def plan(
     context: typer.Context,
     config: Config,
     target: Annotated[str, typer.Option(help="v5e-16, v5p-128, v6e-256 and their kin, or GPUs as 8xh100.")],
+    search: Annotated[bool, typer.Option("--search", help="Look for the best mesh, remat and microbatch.")] = False,
+    search_compiles: Annotated[int, typer.Option(help="How many of the best to compile, minutes each.", min=0)] = 4,
 ) -> None:
     """Say whether a run fits accelerators that are not here, and how fast it could be: the step compiled for that TPU
     (needs the extra `tpu`), or an estimate. Reads no weights. Ends with code 1 where it does not fit.
     """
     loaded = _load(config, context.args)
-    from launch.plan import run
+    from launch import plan, search_plan
 
-    if not run(loaded, target=target):
+    if search:
+        fits = search_plan.run(loaded, target=target, compiles=search_compiles)
+    else:
+        fits = plan.run(loaded, target=target)
+    if not fits:
         raise typer.Exit(1)
 
 

@@ -165,12 +165,12 @@ def sampler(
     """A function (state, frozen, prompts, generation, group) → answers, by the parameters in training; generation -1 is
     an evaluation's. Prompts are never packed; attention is computed as in training, whose rows may be.
     """
-    learning = _sampling(derived.drawing(config))
+    learning = learning_of(config)
     judged = _sampling(verl.settings(config).evaluation) if config.training.trainer_type == "VERL_GRPO" else learning
     stop_ids = stop_ids_of(model.generation_config or {}, model.tokenizer)
     strings, most = derived.stop_strings(config), derived.completion_length(config)
     compute = compute_of(config, model, longest_document=None, packed=packed)
-    slots = derived.rollout(config, replicas=replicas(mesh)).answers
+    slots = slots_of(config, mesh)
 
     def sample(
         state: TrainState, frozen: Any, prompts: Sequence[PromptRow], generation: int, group: int
@@ -191,7 +191,7 @@ def sampler(
                 stop_strings=strings,
                 decode=lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True),
                 compute=compute,
-                slots=min(slots, MOST_SLOTS),
+                slots=slots,
                 shown=[one for one in seen for _ in range(group)],
             )
 
@@ -200,6 +200,16 @@ def sampler(
 
 MOST_SLOTS = 256  # answered at once; more wait
 EVALUATION = 2**30  # what draws of evaluations begin to be numbered with
+
+
+def slots_of(config: ConfigDict, mesh: Any) -> int:
+    """How many answers of a generation are drawn at once."""
+    return min(derived.rollout(config, replicas=replicas(mesh)).answers, MOST_SLOTS)
+
+
+def learning_of(config: ConfigDict) -> Sampling:
+    """How answers that are learned from are drawn."""
+    return _sampling(derived.drawing(config))
 
 
 def _sampling(drawing: verl.Drawing) -> Sampling:

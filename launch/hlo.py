@@ -30,6 +30,7 @@ _ADDED = re.compile(r"%([\w.\-]+) = \S+ add\(%([\w.\-]+), %([\w.\-]+)\)")
 _CONSTANT = re.compile(r"%([\w.\-]+) = \S+ constant\((\d+)\)")
 _AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_NAME = re.compile(r'op_name="([^"]*)"')
 MANY = 1 << 30  # devices, where a program does not say how many
 SCATTERED = "all-reduce-scatter"  # in the name of such a computation
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -89,14 +90,14 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 def _walk(name: str, bodies: Mapping[str, list[str]], times: int) -> Iterator[_One]:
     """Every collective that runs where a computation runs so many times."""
+    before: Counter[str] = Counter()
     for number, line in enumerate(bodies.get(name, ())):
         if found := _COLLECTIVE.search(line):
             kind = "reduce-scatter" if found[2] == "all-reduce" and SCATTERED in name else found[2]
-            channel, group = _CHANNEL.search(line), _group(line)
+            channel, group = _channel(line, before) or f"{name} {number}", _group(line)
             if group > 1:
                 size = _received(found[1], line)
-                sent = _sent(found[2], kind, size, group)
-                yield _One(kind, size, times, channel[0] if channel else f"{name} {number}", sent)
+                yield _One(kind, size, times, channel, _sent(found[2], kind, size, group))
             continue
         inside = times * (_trips(line, bodies) if " while(" in line else 1)
         called = _CALLED.findall(line)
@@ -104,6 +105,18 @@ def _walk(name: str, bodies: Mapping[str, list[str]], times: int) -> Iterator[_O
             called += [each.strip().lstrip("%") for each in branches[1].split(",")]
         for each in called:
             yield from _walk(each, bodies, inside)
+
+
+def _channel(line: str, before: Counter[str]) -> str | None:
+    """What pieces of a collective have in common: its channel; of those of `jax.shard_map`, which all have one and the
+    same, also their operation, and the how many-th of it this is in its computation.
+    """
+    if (channel := _CHANNEL.search(line)) is None:
+        return None
+    if (name := _NAME.search(line)) is None or "/shard_map/" not in name[1]:
+        return channel[0]
+    before[name[1]] += 1
+    return f"{channel[0]} {name[1]} {before[name[1]]}"
 
 
 def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:

@@ -9,10 +9,13 @@ from ml_collections import ConfigDict
 
 from configs import derived
 from configs.methods import GRPO, PREFERENCE
+from launch import assemble
 from launch.assemble import Model
 from launch.data import limit_of
 from launch.grpo import answers_in_row, longest_row
+from launch.method import Method, method_of
 from launch.preferences import knows_reference
+from models.config import Compute
 from models.sharding import batch_sharding, replicas
 
 LENGTH = 2048  # tokens of a row where the configuration names no length
@@ -35,6 +38,25 @@ class Shapes(NamedTuple):
     def tokens(self) -> int:
         """Of a step."""
         return self.accumulation * self.rows * self.length
+
+
+class Planned(NamedTuple):
+    """A run on a mesh, without a number of its parameters and batches; the mesh may have no devices."""
+
+    config: ConfigDict
+    model: Model
+    mesh: Any
+    shapes: Shapes
+    method: Method
+    compute: Compute
+
+
+def planned_on(mesh: Any, config: ConfigDict, model: Model) -> Planned:
+    """A configuration's run on a mesh, with rows as long as they can be."""
+    shapes = shapes_of(config, model, mesh)
+    method = method_of(config, model, longest_document=shapes.length, together=shapes.together)
+    compute = assemble.compute_of(config, model, longest_document=shapes.length)
+    return Planned(config, model, mesh, shapes, method, compute)
 
 
 def shapes_of(config: ConfigDict, model: Model, mesh: Any) -> Shapes:

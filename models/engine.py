@@ -124,7 +124,7 @@ class _Engine:
         self.wanted = Counter(self.asked)  # by those that wait
         self.shelf: dict[Asked, tuple[Prefilled, int]] = {}  # prompts that are prefilled, and wanted
         self.owner: dict[int, int] = {}  # slot → request
-        self.most = max(_places(len(r.prompt) + r.longest, len(r.prompt)) for r in requests)
+        self.most = max(places_of(len(r.prompt) + r.longest, len(r.prompt)) for r in requests)
         self.looks = most_looked_at([one for one in self.pictures.values() if one is not None], config.vision)
         self.rows: Rows | None = None
         with self._on_mesh():
@@ -286,7 +286,7 @@ def _bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _places(whole: int, prompt: int) -> int:
+def places_of(whole: int, prompt: int) -> int:
     """The most places that a request needs."""
     return max(_bucket(prompt), -(-whole // BUCKET) * BUCKET)
 

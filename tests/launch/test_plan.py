@@ -12,11 +12,13 @@ import pytest
 from configs.load import load
 from input_pipeline.collate import collate
 from input_pipeline.prompts import PromptRow
-from launch import assemble, plan
+from launch import assemble
+from launch.ahead import compiled_step, too_large
 from launch.chips import CHIPS, target_of
 from launch.data import train_data
+from launch.estimate import lasting_bytes
 from launch.hlo import Collective, collectives
-from launch.method import method_of
+from launch.planned_batch import abstract_batch, planned_on, shapes_of
 from models.generate import Generated
 from models.sharding import make_mesh
 from tests.launch.test_end_to_end import einkorn
@@ -86,6 +88,8 @@ PROGRAM = """
   %two = u32[]{:T(128)} constant(2)
   %j = u32[]{:T(128)} get-tuple-element(%p), index=1
   %e = bf16[8]{0} all-to-all(%x), channel_id=9, replica_groups=mesh['x'=2,'y'=8] {'y'}, dimensions={0}
+  %s1 = bf16[8]{0} all-gather(%x), channel_id=1, replica_groups={{0,1}}, metadata={op_name="f/shard_map/all_gather"}
+  %s2 = bf16[8]{0} all-gather(%y), channel_id=1, replica_groups={{0,1}}, metadata={op_name="f/shard_map/all_gather"}
   %alone = bf16[8]{0} all-to-all(%x), channel_id=10, replica_groups=mesh['x'=1,'y'=8] {'x'}, dimensions={0}
   %j.2 = u32[]{:T(128)} add(%j, %two), metadata={op_name="add"}
   ROOT %t = (s32[], u32[]{:T(128)}) tuple(%x, /*index=1*/%j.2)
@@ -107,7 +111,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_collectives_are_counted_as_often_as_their_loops_run_and_pieces_once():
     assert collectives(PROGRAM) == {
-        "all-gather": Collective(6, 6 * 64, 6 * 48),  # three of four parts are sent on
+        # Three of four parts are sent on; and those of two gathers of `jax.shard_map`, all of which have one channel.
+        "all-gather": Collective(6 + 2 * 4, 6 * 64 + 8 * 16, 6 * 48 + 8 * 8),
         "all-reduce": Collective(1, 4 + 8, 18),  # twice three of four parts
         "reduce-scatter": Collective(1, 256, 192),
         "all-to-all": Collective(4, 4 * 16, 4 * 14),  # the one of one device is none
@@ -141,8 +146,8 @@ def test_the_text_that_this_xla_writes_is_understood():
     ],
 )
 def test_the_compilers_answers_that_memory_does_not_suffice_are_known(message):
-    assert plan.too_large(f"RESOURCE_EXHAUSTED: {message} And more.") in message
-    assert plan.too_large("INTERNAL: something else of 3.0G") is None
+    assert too_large(f"RESOURCE_EXHAUSTED: {message} And more.") in message
+    assert too_large("INTERNAL: something else of 3.0G") is None
 
 
 def config_of(model, tmp_path, *options: str):
@@ -160,12 +165,10 @@ def test_the_runs_own_step_is_compiled_without_weights_or_tokenizer(tiny_chat_mo
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_bytes((tiny_chat_model / "config.json").read_bytes())
     config = config_of(tmp_path / "model", tmp_path)[1].config
-    model, mesh = assemble.open_model(config, only_config=True), make_mesh({"fsdp": 8})
-    shapes = plan.shapes_of(config, model, mesh)
-    assert (shapes.accumulation, shapes.rows, shapes.length) == (1, 16, 64)
-    method = method_of(config, model, longest_document=64)
-    found = plan.compiled(config, model, mesh, method, shapes)
-    lasting = plan.lasting_bytes(config, model, mesh, method)
+    model = assemble.open_model(config, only_config=True)
+    planned = planned_on(make_mesh({"fsdp": 8}), config, model)
+    assert (planned.shapes.accumulation, planned.shapes.rows, planned.shapes.length) == (1, 16, 64)
+    found, lasting = compiled_step(planned), lasting_bytes(planned)
     batch = 5 * 4 * 2 * 64
     assert found.arguments == pytest.approx(sum(lasting.values()) + batch, abs=64)  # and two scalars
     parameters = assemble.parameter_count(model).total
@@ -200,7 +203,7 @@ def test_a_planned_batch_is_the_batch_of_a_run(trainer, dataset, options, tiny_c
     told += (f"--data.train.datasets.0.dataset_name={dataset}", *options)
     config = config_of(tiny_chat_model, tmp_path, *told)[1].config
     model, mesh = assemble.open_model(config), make_mesh({"fsdp": 8})
-    planned = plan.abstract_batch(config, model, mesh, plan.shapes_of(config, model, mesh))
+    planned = abstract_batch(config, model, mesh, shapes_of(config, model, mesh))
     feed = train_data(config, model, mesh, to_train=False)
     batch = next(feed.batches)
     feed.batches.close()
@@ -218,13 +221,13 @@ def test_a_planned_batch_of_own_answers_is_that_of_a_run(together, tiny_chat_mod
     told += ("--training.grpo.max_prompt_length=24", f"--training.trainer_kwargs.shared_prompt={together == 2}".lower())
     config = config_of(tiny_chat_model, tmp_path, *told, "--training.gradient_accumulation_steps=2")[1].config
     model, mesh = assemble.open_model(config, only_config=True), make_mesh({"fsdp": 8})
-    shapes = plan.shapes_of(config, model, mesh)
+    shapes = shapes_of(config, model, mesh)
     assert (shapes.together, shapes.rows) == (together, 16 // together)
     assert shapes.length == 24 + together * 16 + (together - 1)
     answers = tuple(Generated([5, 6], "stop", [5, 6], np.zeros(2, np.float32), None) for _ in range(2))
     group = Answered(PromptRow((1, 2, 3), "p", {}, 0, "row 1"), answers, ("a", "b"), np.zeros((2, 1)), np.zeros(2))
     batch = collate(lines_of(group, mask_truncated=False, together=together), accumulation=1, rows=2, length=64)
-    assert set(plan.abstract_batch(config, model, mesh, shapes)) == set(batch)
+    assert set(abstract_batch(config, model, mesh, shapes)) == set(batch)
 
 
 def test_an_estimate_says_that_it_is_one(tiny_chat_model, tmp_path):
@@ -250,7 +253,7 @@ def test_bytes_of_an_eight_billion_model_by_hand(tmp_path):
     config = config_of(tmp_path, tmp_path, "--model.torch_dtype_str", "float32")[1].config
     mesh = jax.sharding.AbstractMesh((1, 16, 1, 1, 1), ("data", "fsdp", "expert", "tensor", "context"))
     model = assemble.open_model(config, only_config=True)
-    lasting = plan.lasting_bytes(config, model, mesh, method_of(config, model, longest_document=64))
+    lasting = lasting_bytes(planned_on(mesh, config, model))
     # 2 x 128256 x 4096 + 32 x (2 x 4096² + 2 x 4096 x 1024 + 3 x 4096 x 14336), and norms that lie whole everywhere
     matrices = 2 * 128256 * 4096 + 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     norms = 65 * 4096
