@@ -59,25 +59,28 @@ def can_compile(goal: Target) -> bool:
 
 def mesh_for(config: ConfigDict, goal: Target, *, real: bool) -> Any:
     """The run's mesh over the target's devices, or with so many that there are none of, for shapes alone."""
-    sizes = derived.mesh_axes(config)
+    sizes = derived.mesh_axes(config, slices=goal.slices)
     if real:
         return make_mesh(sizes, devices=_devices(goal))
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if goal.chips % fixed or (-1 not in sizes.values() and fixed != goal.chips):
         raise ValueError(f"mesh: {sizes} takes a multiple of {fixed} devices, and {goal.name} has {goal.chips}")
     whole = {axis: goal.chips // fixed if size == -1 else size for axis, size in sizes.items()}
+    if whole["data"] % goal.slices:
+        raise ValueError(f"mesh.data: {whole['data']} copies cannot lie on {goal.slices} slices alike")
     return AbstractMesh(tuple(whole.values()), tuple(whole))
 
 
 def _devices(goal: Target) -> list[Any]:
-    """Descriptions of the devices of a slice, which programs can be compiled for."""
+    """Descriptions of the devices of a target's slices, which programs can be compiled for."""
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     assert goal.topology is not None
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=goal.topology).devices)
+    several = {"num_slices": goal.slices} if goal.slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=goal.topology, **several).devices)
 
 
 def placed(tree: Any, shardings: Any) -> Any:

@@ -1,8 +1,9 @@
 """Accelerators that a run can be planned for: what a chip can do, and how many of them a name means.
 
 Peaks are dense bfloat16. Sources: Google Cloud's pages of TPU v4, v5e, v5p and v6e ("system architecture"), where
-bandwidth between chips is the sum over all links of a chip; NVIDIA's data sheets of the A100 and H100 SXM (NVLink).
-HBM is what a program may use of it, as libtpu and CUDA leave it.
+bandwidth between chips is the sum over all links of a chip, and that between slices a pod's by its chips (of v4 and v5p
+a host's 200 Gb/s by its four); NVIDIA's data sheets of the A100 and H100 SXM (NVLink). HBM is what a program may use of
+it, as libtpu and CUDA leave it.
 """
 
 import re
@@ -15,8 +16,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Chip:
     """One accelerator: bfloat16 FLOP/s, bytes of HBM that a program may use, bytes/s of HBM and, to other chips, of all
-    its links together; for a TPU its name in libtpu's topologies, how many dimensions these have, and whether a
-    target's number counts two cores a chip.
+    its links together; for a TPU its name in libtpu's topologies, how many dimensions these have, whether a target's
+    number counts two cores a chip, and bytes/s to other slices.
     """
 
     flops: float
@@ -26,13 +27,14 @@ class Chip:
     tpu: str | None = None
     dimensions: int = 2
     cores: int = 1
+    slice_rate: float = 0.0
 
 
 CHIPS = {
-    "v4": Chip(275e12, 30.75 * GIB, 1.228e12, 300e9, "v4", 3, cores=2),
-    "v5e": Chip(197e12, 15.75 * GIB, 0.819e12, 200e9, "v5e"),
-    "v5p": Chip(459e12, 95.0 * GIB, 2.765e12, 600e9, "v5p", 3, cores=2),
-    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 448e9, "v6e"),
+    "v4": Chip(275e12, 30.75 * GIB, 1.228e12, 300e9, "v4", 3, cores=2, slice_rate=6.25e9),
+    "v5e": Chip(197e12, 15.75 * GIB, 0.819e12, 200e9, "v5e", slice_rate=3.125e9),
+    "v5p": Chip(459e12, 95.0 * GIB, 2.765e12, 600e9, "v5p", 3, cores=2, slice_rate=6.25e9),
+    "v6e": Chip(918e12, 31.25 * GIB, 1.64e12, 448e9, "v6e", slice_rate=12.5e9),
     "a100": Chip(312e12, 77.0 * GIB, 2.039e12, 300e9),
     "h100": Chip(989.4e12, 77.0 * GIB, 3.35e12, 450e9),
     "h200": Chip(989.4e12, 138.0 * GIB, 4.8e12, 450e9),

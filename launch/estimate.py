@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from configs import derived
 from launch import assemble
 from launch.chips import Target
 from launch.flops import flops_of
 from launch.planned_batch import Planned, patches_of
+from launch.train import optimizer_of
 from models.config import Compute, DecoderConfig
 from models.sharding import ROWS, nested, parameter_shardings, paths, replicas
+from trainers.step import Memory, places
 
 TOKENS = (*ROWS, "context")  # the axes that a batch's tokens are split over
 CHUNK = 1024  # tokens that meet the vocabulary together, on up to eight devices
@@ -50,16 +53,27 @@ class Times(NamedTuple):
 def lasting_bytes(planned: Planned) -> dict[str, float]:
     """Bytes a device of what lies there between steps, by kind; exact."""
     config, mesh, method = planned.config, planned.mesh, planned.method
-    parts = assemble.abstract_parts(planned.model)
+    parts, memory = assemble.abstract_parts(planned.model), Memory(**derived.memory(config))
     frozen = method.frozen(parts)
-    moments = {"ADAMW": 2, "ADAMW_TORCH": 2, "ADAM": 2, "ADAMW_TORCH_FUSED": 2, "LION": 1, "SGD": 0}
     trained = split_bytes(parts.trained, mesh)
-    name = str(config.training.optimizer).upper()
     found = {
         "parameters": trained + (0.0 if frozen is None else split_bytes(frozen, mesh)),
-        "optimizer": trained * moments.get(name, 2),
+        "optimizer": 0.0 if memory.on_host else state_bytes(planned),
     }
     return found if method.sync is None else found | {"reference": trained}
+
+
+def state_bytes(planned: Planned) -> float:
+    """Bytes of a device's part of the optimizer's state, which may lie on the host; exact."""
+    config, mesh, params = planned.config, planned.mesh, assemble.abstract_parts(planned.model).trained
+    optimizer = optimizer_of(config, planned.model, mesh, lambda step: 1e-5)
+    lies = places(optimizer, params, parameter_shardings(params, mesh), Memory(**derived.memory(config)))[0]
+    sizes = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        jax.eval_shape(optimizer.init, params),
+        lies,
+    )
+    return float(sum(jax.tree.leaves(sizes)))
 
 
 def split_bytes(tree: Any, mesh: Any, *, width: int = 8) -> float:
@@ -97,13 +111,14 @@ def passing_bytes(planned: Planned) -> dict[str, float]:
 
 def _kept(stack: DecoderConfig, tokens: float, mesh: Any, compute: Compute) -> float:
     """About how many bytes a device keeps of a stack's layers for so many tokens of its own, until they are used: all
-    that is computed, matrix products alone, or what goes into each layer; and where something is computed again, all of
-    one layer.
+    that is computed, matrix products alone, what goes into each layer, or, where that waits on the host, nothing; and
+    where something is computed again, all of one layer.
     """
     width = compute.dtype.itemsize
     inside = width * (3 * stack.heads * stack.head_width + 4 * _mlp_width(stack)) / mesh.shape["tensor"]
     whole = width * 8 * stack.width + inside
-    kept = {"none": whole, "dots": width * 2 * stack.width + inside / 2, "full": width * stack.width}[compute.remat]
+    enters = width * stack.width
+    kept = {"none": whole, "dots": 2 * enters + inside / 2, "full": enters, "offload": 0.0}[compute.remat]
     return tokens * (stack.layers * kept + (whole if compute.remat != "none" else 0))
 
 
@@ -111,17 +126,18 @@ def sent_bytes(planned: Planned) -> dict[str, float]:
     """About how many bytes a device sends in a step, by what it sends or along which axis.
 
     Of each microbatch: parameters, gathered once forward and once backward along the axes of tokens that split them,
-    and their gradients, summed along all axes of tokens; along `tensor` the stream, summed behind attention and MLP,
-    and its gradient likewise; along `context` keys and values, gathered twice, and their gradients; along `expert`
-    tokens, there and back; and for the vocabulary, of which each device has a part, every token's hidden state, its
-    gradient, and what is looked up.
+    and their gradients, summed along all axes of tokens (of copies of the model that meet once a step, once); along
+    `tensor` the stream, summed behind attention and MLP, and its gradient likewise; along `context` keys and values,
+    gathered twice, and their gradients; along `expert` tokens, there and back; and for the vocabulary, of which each
+    device has a part, every token's hidden state, its gradient, and what is looked up.
     """
     _, model, mesh, shapes, method, compute = planned
     c, width = model.config, compute.dtype.itemsize
     parts, forwards = assemble.abstract_parts(model), method.forwards
-    rows, tensor, parties = shapes.rows / replicas(mesh), mesh.shape["tensor"], mesh.size // mesh.shape["tensor"]
+    copies, tensor = copies_apart(planned), mesh.shape["tensor"]
+    rows, parties = shapes.rows / replicas(mesh), mesh.size // tensor // copies
     tokens = rows * shapes.length / mesh.shape["context"]  # of a device
-    again = int(compute.remat == "full")
+    again = int(compute.remat in ("full", "offload"))
     stream = tokens * c.width * width
     keys = 2 * rows * shapes.length * c.kv_heads * c.head_width * width / min(tensor, c.kv_heads)
     weights = sum(sent_to_gather(_layered(tree), mesh, width) for tree in parts if tree is not None)
@@ -130,7 +146,7 @@ def sent_bytes(planned: Planned) -> dict[str, float]:
     crossed = 0 if c.experts is None else mesh.shape["expert"] - 1
     once = {
         "parameters": (2 + forwards) * weights - (kept if compute.remat == "none" else 0.0),
-        "gradients": _summed(parts.trained, mesh, width),
+        "gradients": _summed(parts.trained, mesh, width, apart=copies > 1),
         "tensor": c.layers * (4 + again + 2 * forwards) * 2 * _share(tensor) * stream,
         "context": c.layers * (3 + forwards) * _share(mesh.shape["context"]) * keys,
         "expert": c.layers * 2 * (2 + forwards) * crossed * stream,
@@ -138,7 +154,17 @@ def sent_bytes(planned: Planned) -> dict[str, float]:
         + (2 * _share(parties) + 2 * _share(tensor)) * stream
         + 2 * _share(parties) * words,
     }
-    return {name: shapes.accumulation * size for name, size in once.items()}
+    each = {name: shapes.accumulation * size for name, size in once.items()}
+    if copies == 1:
+        return each
+    return each | {"copies' gradients": 2 * _share(copies) * 4 * sum(p for _, _, p, _ in _leaves(parts.trained, mesh))}
+
+
+def copies_apart(planned: Planned) -> int:
+    """How many copies of the model add up gradients by themselves, and meet once a step (`trainers.step`)."""
+    shared = derived.memory(planned.config)["split_gradients"]
+    apart = planned.method.by_rows and not planned.method.draws and planned.shapes.accumulation > 1 and not shared
+    return planned.mesh.shape["data"] if apart else 1
 
 
 def step_flops(planned: Planned) -> float:
@@ -155,10 +181,12 @@ def times_of(planned: Planned, goal: Target, *, sent: float, flops: float | None
     """
     _, model, mesh, shapes, method, compute = planned
     flops = step_flops(planned) if flops is None else flops
-    again = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[compute.remat]
+    again = {"none": 1.0, "dots": 1.0}.get(compute.remat, 4 / 3)
     parts, lasting = assemble.abstract_parts(model), lasting_bytes(planned)
     weights = sum(gathered_bytes(tree, mesh, compute.dtype.itemsize) for tree in parts if tree is not None)
     state = lasting["optimizer"] + split_bytes(parts.trained, mesh)
+    between = 2 * _share(goal.slices) * 4 * sum(part for _, _, part, _ in _leaves(parts.trained, mesh))
+    meetings = 1 if copies_apart(planned) > 1 else shapes.accumulation
     waited_for = sum(size for name, size in sent_bytes(planned).items() if name in ("tensor", "context", "expert"))
     rate = goal.chip.link_rate / (goal.chip.dimensions if goal.topology else 1)  # of one dimension of a torus
     return Times(
@@ -167,7 +195,8 @@ def times_of(planned: Planned, goal: Target, *, sent: float, flops: float | None
             "matrix products": flops * again / (goal.chip.flops * goal.chips),
             "memory": (shapes.accumulation * (3 + method.forwards) * weights + 2 * state) / goal.chip.hbm_rate,
             "links between chips": sent / goal.chip.link_rate,
-        },
+        }
+        | ({"links between slices": meetings * between / goal.chip.slice_rate} if goal.slices > 1 else {}),
         waited_for / rate,
     )
 
@@ -230,12 +259,15 @@ def _group(axes: Iterable[str], mesh: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _summed(tree: Any, mesh: Any, width: int) -> float:
-    """Bytes that a device sends to sum gradients: a part of those that are gathered, and all of those that are not."""
+def _summed(tree: Any, mesh: Any, width: int, *, apart: bool) -> float:
+    """Bytes that a device sends to sum gradients: a part of those that are gathered, and all of those that are not; of
+    copies that are `apart`, those of one copy.
+    """
     total = 0.0
+    along = [axis for axis in TOKENS if not (apart and axis == "data")]
     for path, leaf, part, axes in _leaves(tree, mesh):
         group = 1 if path in WORDS else _group(_gathering(path, axes), mesh)
         own = {"expert"} if path.startswith(EXPERTS) else set()
-        others = _group((axis for axis in TOKENS if axis not in axes | own), mesh)
+        others = _group((axis for axis in along if axis not in axes | own), mesh)
         total += (group - 1 + 2 * _share(others)) * part * min(width, leaf.dtype.itemsize)
     return total

@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
+from configs import derived
 from configs.load import Loaded
 from launch import assemble, planned_generation
 from launch.ahead import TooLarge, can_compile, compiled_step, mesh_for
 from launch.chips import GIB, Target, target_of
-from launch.estimate import Times, lasting_bytes, passing_bytes, sent_bytes, times_of
+from launch.estimate import Times, lasting_bytes, passing_bytes, sent_bytes, state_bytes, times_of
 from launch.planned_batch import Planned, planned_on
 from models.generate import BLOCK
 
@@ -50,6 +51,8 @@ def _step(planned: Planned, goal: Target, *, compiles: bool) -> Iterator[tuple[s
     lasting, passing = lasting_bytes(planned), passing_bytes(planned)
     for name, size in lasting.items():
         yield name, f"{size / GIB:.2f} GiB a device"
+    if derived.memory(config)["on_host"]:
+        yield "on the host", f"{state_bytes(planned) / GIB:.2f} GiB for each device: the optimizer's state"
     about = ", ".join(f"{name} {size / GIB:.2f}" for name, size in passing.items())
     if not compiles:
         yield "temporaries", f"about {sum(passing.values()) / GIB:.2f} GiB a device: {about}"
@@ -110,7 +113,7 @@ def _answers(planned: Planned, goal: Target, *, compiles: bool) -> Iterator[tupl
 
 def kind_of(goal: Target) -> str:
     """The name of a target's chips."""
-    return goal.name.split("-")[0] if goal.topology else goal.name.split("x")[1]
+    return goal.name.split("-")[0].split("x")[-1] if goal.topology else goal.name.split("x")[1]
 
 
 def split_of(mesh: Any) -> str:

@@ -103,6 +103,8 @@ def candidates(config: ConfigDict, goal: Target, model: Model) -> list[Candidate
     scratch = _copy(config)
     found, flops = [], dict[Any, float]()
     for sizes in meshes(goal.chips, model, length=asked.shapes.length):
+        if sizes["data"] % goal.slices:  # each slice has whole copies
+            continue
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         for changes in batches(config, asked, mesh):
             _change(scratch, changes)

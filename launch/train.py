@@ -269,10 +269,10 @@ def rows_of(feed: Feed, validation: Feed | None) -> dict[str, Any]:
     return {"longest_document": longest, "packed": any(each.packed for each in feeds)}
 
 
-def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], method: Method) -> Step:
-    """The compile-ready step of a method."""
+def optimizer_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any]) -> optim.Optimizer:
+    """The optimizer that the configuration names."""
     training, says = config.training, update_of(config, mesh)
-    optimizer = optim.build(
+    return optim.build(
         training.optimizer,
         schedule=learning_rate,
         weight_decay=says.weight_decay,
@@ -282,15 +282,19 @@ def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callabl
         decayed=(lambda path: True) if says.decays_all else None,
         computed=None if model.config.vision is None else functools.partial(computed, model.config.vision),
     )
+
+
+def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], method: Method) -> Step:
+    """The compile-ready step of a method."""
     parts = assemble.abstract_parts(model)
     return build_step(
         method.loss,
-        optimizer,
+        optimizer_of(config, model, mesh, learning_rate),
         parts.trained,
         mesh=mesh,
-        max_grad_norm=says.max_grad_norm,
+        max_grad_norm=update_of(config, mesh).max_grad_norm,
         frozen=method.frozen(parts),
-        seed=training.seed if method.draws else None,
+        seed=config.training.seed if method.draws else None,
         evaluated=method.evaluated,
         sync=method.sync,
         by_rows=method.by_rows,

@@ -100,7 +100,7 @@ def build_step(
     everywhere = NamedSharding(mesh, P())
     param_shardings = parameter_shardings(abstract_params, mesh)
     copies = mesh.shape["data"] if by_rows and seed is None and not memory.split_gradients else 1
-    used, kept, of_gradients = _places(optimizer, abstract_params, param_shardings, memory)
+    used, kept, of_gradients = places(optimizer, abstract_params, param_shardings, memory)
     shardings = TrainState(
         step=everywhere,
         params=param_shardings,
@@ -118,9 +118,9 @@ def build_step(
 
     def train(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
-        places = of_gradients if memory.split_gradients else param_shardings
+        lying = of_gradients if memory.split_gradients else param_shardings
         total, others, grads = _accumulate(
-            loss, state.params, state.frozen(frozen), batch, key, places=places, copies=copies
+            loss, state.params, state.frozen(frozen), batch, key, places=lying, copies=copies
         )
         if memory.split_state:
             grads = jax.lax.with_sharding_constraint(grads, of_gradients)
@@ -164,7 +164,7 @@ def build_step(
     )
 
 
-def _places(optimizer: Optimizer, params: Params, lies: Params, memory: Memory) -> tuple[Any, Any, Params]:
+def places(optimizer: Optimizer, params: Params, lies: Params, memory: Memory) -> tuple[Any, Any, Params]:
     """Where the optimizer's state lies while it is used and while it is kept, and where its gradients do."""
     used, of_gradients = state_shardings(optimizer, params, lies), lies
     if memory.split_state:

@@ -9,7 +9,7 @@ from configs.load import load
 from launch import assemble
 from launch.ahead import compiled_step
 from launch.chips import target_of
-from launch.estimate import passing_bytes, sent_bytes, times_of
+from launch.estimate import lasting_bytes, passing_bytes, sent_bytes, times_of
 from launch.planned_batch import planned_on
 from models.sharding import AXES, make_mesh
 
@@ -73,6 +73,26 @@ def test_what_data_tensor_and_context_send_by_hand(tmp_path):
     assert sent["tensor"] == 3 * 4 * 4 * 2 * 7 / 8 * 2 * 128 * STREAM  # two sums a layer forward, two backward
     sent = sent_bytes(planned_of(tmp_path, SMALL, eight(context=4, tensor=2)))
     assert sent["context"] == 4 * 3 * 3 / 4 * 2 * 2 * 128 * STREAM / 2  # keys and values of half of the heads
+
+
+def test_copies_that_meet_once_send_their_gradients_once(tmp_path):
+    three = "--training.gradient_accumulation_steps=3"
+    sent = sent_bytes(planned_of(tmp_path, SMALL, eight(data=8), three))
+    assert sent["gradients"] == 0
+    assert sent["copies' gradients"] == 2 * 7 / 8 * 4 * (LAYERS + NORMS + 2 * 1024 * 256)
+    zero = "--deepspeed={enable_deepspeed: true, zero_stage: ZERO_2}"
+    split = planned_of(tmp_path, SMALL, eight(data=8), three, zero)
+    assert sent_bytes(split)["gradients"] == 3 * sent["copies' gradients"]
+    assert lasting_bytes(split)["optimizer"] == 8 * (LAYERS + NORMS + 2 * 1024 * 256) / 8
+    host = "--deepspeed={enable_deepspeed: true, zero_stage: ZERO_1, offload_optimizer: {device: cpu}}"
+    assert lasting_bytes(planned_of(tmp_path, SMALL, eight(data=8), host))["optimizer"] == 0
+
+
+def test_between_slices_go_the_gradients_of_each_devices_part(tmp_path):
+    planned, goal = planned_of(tmp_path, SMALL, eight(data=2, fsdp=4)), target_of("2xv5e-4")
+    times = times_of(planned, goal, sent=0.0).seconds
+    part = (LAYERS + 2 * 1024 * 256) / 4 + NORMS
+    assert times["links between slices"] == pytest.approx(4 * part / goal.chip.slice_rate)
 
 
 @pytest.mark.parametrize(
