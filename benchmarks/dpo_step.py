@@ -217,7 +217,7 @@ def step_bytes(work: Work, scratch: Path, method: str, shape: tuple[int, int, in
     from configs.load import load
     from launch import assemble
     from launch.method import method_of
-    from launch.train import step_of
+    from launch.update import step_of
 
     file = scratch / "memory.yaml"
     file.write_text(yaml.safe_dump(configuration(work, scratch / "out", method=method)), encoding="utf-8")

@@ -21,7 +21,7 @@ from launch import assemble
 from launch.chips import Target
 from launch.hlo import Collective, collectives
 from launch.planned_batch import Planned, abstract_batch
-from launch.train import step_of
+from launch.update import step_of
 from models.sharding import compiled_for, make_mesh, parameter_shardings
 
 

@@ -18,7 +18,8 @@ from launch import assemble
 from launch.assemble import Model
 from launch.data import described, prompts_of, rows_per_step, validation_data
 from launch.method import method_of
-from launch.train import feed_of, learning_rate_of, schedule_of, step_of
+from launch.train import feed_of, schedule_of
+from launch.update import learning_rate_of, step_of
 from models.sharding import parameter_shardings
 from models.weights import check_weights
 

@@ -4,10 +4,10 @@ explicit address.
 An explicit start sets, for each process: `EINKORN_COORDINATOR=host:port`, `EINKORN_PROCESSES=n`, `EINKORN_PROCESS=i`.
 
 A process alone that has several CPU devices starts as one of one, from the command line. Its devices then add up by
-gloo, as those of several processes do, and in the same order: the same devices give the same numbers, bit for bit,
-however processes share them. Otherwise XLA adds from the first device to the last, and rounds otherwise, which Adam's
-first steps enlarge where a gradient is about as small as its epsilon: GRPO's norm was off by 2e-6 after four updates.
-Accelerators are not concerned.
+gloo, as those of several processes do, and in the same order: a sum over devices has the same bits, however processes
+share them. Otherwise XLA adds from the first device to the last, and rounds otherwise, which Adam's first steps enlarge
+where a gradient is about as small as its epsilon: GRPO's norm was off by 2e-6 after four updates. Accelerators are not
+concerned.
 """
 
 import logging

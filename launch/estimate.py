@@ -18,7 +18,7 @@ from launch import assemble
 from launch.chips import Target
 from launch.flops import flops_of
 from launch.planned_batch import Planned, patches_of
-from launch.train import optimizer_of
+from launch.update import optimizer_of
 from models.config import Compute, DecoderConfig
 from models.sharding import ROWS, nested, parameter_shardings, paths, replicas
 from trainers.step import Memory, places

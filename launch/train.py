@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import logging
 import time
@@ -38,15 +37,13 @@ from launch.export import Described, write_adapter, write_model
 from launch.fellows import Together
 from launch.flops import flops_of
 from launch.grpo import of_own_answers, own_answers
-from launch.method import Method, method_of
+from launch.method import method_of
 from launch.samples import sample_answers
+from launch.update import learning_rate_of, step_of
 from models.attention_check import check_attention
 from models.decoder import Params
 from models.lora import Parts, merged
-from models.sharding import replicas
-from models.vision import computed
 from models.weights import processor_files
-from trainers import optim, schedules
 from trainers.checkpoint import Checkpoints, read_meta
 from trainers.environment import describe_environment
 from trainers.loop import Every, Run, Schedule
@@ -57,7 +54,7 @@ from trainers.profiler import Profiler, When
 from trainers.progress import Progress, final_block, serve_command, start_block
 from trainers.report import Sample, write_report
 from trainers.resume import refuse_other_config
-from trainers.step import Memory, Step, TrainState, build_step
+from trainers.step import Step, TrainState
 from trainers.throughput import Throughput, peak_flops
 
 log = logging.getLogger("einkorn")
@@ -231,22 +228,6 @@ def schedule_of(config: ConfigDict, mesh: Mesh, feed: Feed) -> Schedule:
     )
 
 
-def learning_rate_of(config: ConfigDict, mesh: Mesh, steps: int) -> Callable[[Any], Any]:
-    """The learning rate by optimizer step, counted from 0."""
-    says = update_of(config, mesh)
-    rate = schedules.schedule(
-        learning_rate=config.training.learning_rate, steps=-(-steps // says.rate_stays), **says.schedule
-    )
-    return rate if says.rate_stays == 1 else lambda step: rate(step // says.rate_stays)
-
-
-def update_of(config: ConfigDict, mesh: Mesh) -> derived.Update:
-    """How gradients become an update, and by which schedule."""
-    asks = config.training.trainer_type in GRPO
-    updates = derived.rollout(config, replicas=replicas(mesh)).updates if asks else 1
-    return derived.update(config, counted=steps_of(config, mesh), updates_of_generation=updates)
-
-
 def first_weights(config: ConfigDict, model: Model, mesh: Mesh) -> Parts:
     """The parameters that training starts from, and those that are frozen."""
     return assemble.load_parts(model, mesh, pretrained=config.model.load_pretrained_weights, seed=config.training.seed)
@@ -267,39 +248,6 @@ def rows_of(feed: Feed, validation: Feed | None) -> dict[str, Any]:
     feeds = [feed] if validation is None else [feed, validation]
     longest = max(each.longest_document for each in feeds)
     return {"longest_document": longest, "packed": any(each.packed for each in feeds)}
-
-
-def optimizer_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any]) -> optim.Optimizer:
-    """The optimizer that the configuration names."""
-    training, says = config.training, update_of(config, mesh)
-    return optim.build(
-        training.optimizer,
-        schedule=learning_rate,
-        weight_decay=says.weight_decay,
-        betas=says.betas,
-        eps=training.adam_epsilon,
-        momentum=training.sgd_momentum,
-        decayed=(lambda path: True) if says.decays_all else None,
-        computed=None if model.config.vision is None else functools.partial(computed, model.config.vision),
-    )
-
-
-def step_of(config: ConfigDict, model: Model, mesh: Mesh, learning_rate: Callable[[Any], Any], method: Method) -> Step:
-    """The compile-ready step of a method."""
-    parts = assemble.abstract_parts(model)
-    return build_step(
-        method.loss,
-        optimizer_of(config, model, mesh, learning_rate),
-        parts.trained,
-        mesh=mesh,
-        max_grad_norm=update_of(config, mesh).max_grad_norm,
-        frozen=method.frozen(parts),
-        seed=config.training.seed if method.draws else None,
-        evaluated=method.evaluated,
-        sync=method.sync,
-        by_rows=method.by_rows,
-        memory=Memory(**derived.memory(config)),
-    )
 
 
 @contextlib.contextmanager
