@@ -175,14 +175,16 @@ def step_flops(planned: Planned) -> float:
     return shapes.tokens * each.token + rows * (patches * each.patch + patches**2 * each.pair)
 
 
-def times_of(planned: Planned, goal: Target, *, sent: float, flops: float | None = None) -> Times:
+def times_of(
+    planned: Planned, goal: Target, *, sent: float, flops: float | None = None, lasting: dict[str, float] | None = None
+) -> Times:
     """How long a step takes at least: matrix products at the peak, the weights of every pass and the state read from
-    memory once, and so many bytes sent by a device.
+    memory once, and so many bytes sent by a device. `flops` and `lasting` are those of the step, where they are known.
     """
     _, model, mesh, shapes, method, compute = planned
     flops = step_flops(planned) if flops is None else flops
     again = {"none": 1.0, "dots": 1.0}.get(compute.remat, 4 / 3)
-    parts, lasting = assemble.abstract_parts(model), lasting_bytes(planned)
+    parts, lasting = assemble.abstract_parts(model), lasting or lasting_bytes(planned)
     weights = sum(gathered_bytes(tree, mesh, compute.dtype.itemsize) for tree in parts if tree is not None)
     state = lasting["optimizer"] + split_bytes(parts.trained, mesh)
     between = 2 * _share(goal.slices) * 4 * sum(part for _, _, part, _ in _leaves(parts.trained, mesh))

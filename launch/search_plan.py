@@ -105,7 +105,7 @@ def candidates(config: ConfigDict, goal: Target, model: Model) -> list[Candidate
     for sizes in meshes(goal.chips, model, length=asked.shapes.length):
         if sizes["data"] % goal.slices:  # each slice has whole copies
             continue
-        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        mesh, lasting = AbstractMesh(tuple(sizes.values()), tuple(sizes)), None
         for changes in batches(config, asked, mesh):
             _change(scratch, changes)
             try:
@@ -114,6 +114,7 @@ def candidates(config: ConfigDict, goal: Target, model: Model) -> list[Candidate
                 continue
             if step_rows(planned) != step_rows(asked):
                 continue
+            lasting = lasting or lasting_bytes(planned)
             if planned.shapes not in flops:
                 flops[planned.shapes] = step_flops(planned)
             for remat in REMAT:
@@ -121,8 +122,9 @@ def candidates(config: ConfigDict, goal: Target, model: Model) -> list[Candidate
                 every = {f"mesh.{axis}": size for axis, size in sizes.items()} | {"training.remat_policy": remat}
                 rows = f"{one.shapes.accumulation} × {one.shapes.rows // replicas(mesh)}"
                 sent = sum(sent_bytes(one).values())
-                times = times_of(one, goal, sent=sent, flops=flops[planned.shapes])
-                found.append(Candidate(every | changes, sizes, remat, rows, needed_bytes(one), times))
+                times = times_of(one, goal, sent=sent, flops=flops[planned.shapes], lasting=lasting)
+                needed = sum(lasting.values()) + most_passing(one)
+                found.append(Candidate(every | changes, sizes, remat, rows, needed, times))
     return sorted(found, key=lambda one: one.order)
 
 
@@ -169,12 +171,12 @@ def step_rows(planned: Planned) -> tuple[int, ...]:
     return asks.prompts, asks.generations, asks.updates, asks.passes, asks.accumulation * asks.microbatch
 
 
-def needed_bytes(planned: Planned) -> float:
-    """Bytes a device by formulas, in the update or in the generation, whichever needs more."""
+def most_passing(planned: Planned) -> float:
+    """Bytes a device by formulas beside what lasts, in the update or in the generation, whichever needs more."""
     passing = sum(passing_bytes(planned).values())
     if (generation := planned_generation.generation_of(planned)) is not None:
         passing = max(passing, sum(planned_generation.passing_bytes(planned, generation).values()))
-    return sum(lasting_bytes(planned).values()) + passing
+    return passing
 
 
 def judged(
