@@ -55,9 +55,11 @@ class Candidate(NamedTuple):
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What candidates are ranked by: seconds, then those of all that can bound a step together, then bytes."""
+        """What candidates are ranked by: seconds, then those of all that can bound a step together, then what is
+        computed again beside matrix products, then bytes.
+        """
         seconds = [float(f"{value:.3g}") for value in (self.seconds, sum(self.times.seconds.values()))]
-        return (*seconds, self.estimated, *self.mesh.values(), REMAT.index(self.remat), self.rows)
+        return (*seconds, REMAT.index(self.remat), self.estimated, *self.mesh.values(), self.rows)
 
     def fits(self, goal: Target) -> bool:
         """Whether it may be recommended."""
