@@ -118,7 +118,7 @@ def built(
         "adamw", schedule=lambda step: 3e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-5, momentum=0.0
     )
     loss = sft_loss(config, compute=Compute())
-    return build_step(loss, optimizer, own, mesh=mesh, max_grad_norm=1.0, frozen=frozen), own, frozen
+    return build_step(loss, optimizer, own, mesh=mesh, max_grad_norm=1.0, frozen=frozen, by_rows=True), own, frozen
 
 
 def made(name: str) -> jax.sharding.Mesh:
