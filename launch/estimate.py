@@ -1,7 +1,7 @@
 """What a step holds, computes, reads and sends, by formulas: what a plan says where nothing is compiled, and what it
 ranks by where something is.
 
-Bytes that lie there between steps are exact. Activations are good to some 30 %. What is sent is counted around rings,
+Bytes that lie there between steps are exact. Activations are good to some 40 %. What is sent is counted around rings,
 which is the least; tests/launch/test_estimate.py holds it against compiled steps.
 """
 
