@@ -266,6 +266,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_of_attention_that_is_wrong_here_ends_the_run_before_weights_are_read(files):
     words = ("train", "-c", str(files / "sft.yaml"), "--training.output_dir", str(files / "broken"))
     command = [sys.executable, "-c", BROKEN, *words]

@@ -99,8 +99,8 @@ def test_between_slices_go_the_gradients_of_each_devices_part(tmp_path):
     ("fields", "sizes", "remat"),
     [
         (SMALL, {"fsdp": 8}, "none"),
-        (SMALL, {"fsdp": 4, "tensor": 2}, "full"),
-        (SMALL, {"data": 2, "context": 4}, "none"),
+        pytest.param(SMALL, {"fsdp": 4, "tensor": 2}, "full", marks=pytest.mark.slow),
+        pytest.param(SMALL, {"data": 2, "context": 4}, "none", marks=pytest.mark.slow),
         pytest.param(MIXTURE, {"fsdp": 2, "expert": 4}, "full", marks=pytest.mark.slow),
     ],
     ids=["fsdp", "tensor", "context", "expert"],
