@@ -118,9 +118,9 @@ def build_step(
 
     def train(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
-        lying = of_gradients if memory.split_gradients else param_shardings
+        lies = of_gradients if memory.split_gradients else param_shardings
         total, others, grads = _accumulate(
-            loss, state.params, state.frozen(frozen), batch, key, places=lying, copies=copies
+            loss, state.params, state.frozen(frozen), batch, key, lies=lies, copies=copies
         )
         if memory.split_state:
             grads = jax.lax.with_sharding_constraint(grads, of_gradients)
@@ -175,11 +175,11 @@ def places(optimizer: Optimizer, params: Params, lies: Params, memory: Memory) -
 
 
 def _accumulate(
-    loss: Loss, params: Params, frozen: Any, batch: Batch, key: jax.Array | None, *, places: Params, copies: int
+    loss: Loss, params: Params, frozen: Any, batch: Batch, key: jax.Array | None, *, lies: Params, copies: int
 ) -> tuple[Sum, dict[str, Sum], Params]:
     """The sums and the gradient of the undivided total over all microbatches; gradients add up in float32.
 
-    Several `copies` of the model each add up those of their own rows. `places` are the parameters' shardings.
+    Several `copies` of the model each add up those of their own rows. `lies` says where a gradient lies.
     """
 
     def value_and_grads(micro: tuple[Batch, jax.Array | None]) -> tuple[Sum, dict[str, Sum], Params]:
@@ -194,22 +194,19 @@ def _accumulate(
     each = (batch, None if key is None else jax.random.split(key, A))
     if A == 1:
         return value_and_grads(_only(each))
-    if copies == 1:
-
-        def lying(sums: tuple[Sum, dict[str, Sum], Params]) -> tuple[Sum, dict[str, Sum], Params]:
-            return (*sums[:2], jax.lax.with_sharding_constraint(sums[2], places))
-
-        return _summed(value_and_grads, each, lying)
 
     def of_copies(micro: tuple[Batch, None]) -> tuple[Sum, dict[str, Sum], Params]:
         parts = jax.tree.map(lambda x: x.reshape(copies, x.shape[0] // copies, *x.shape[1:]), micro)
         return each_apart(value_and_grads, axis="data", in_axes=(0,))(parts)
 
-    def apart(sums: tuple[Sum, dict[str, Sum], Params]) -> tuple[Sum, dict[str, Sum], Params]:
-        own = jax.tree.map(lambda place: NamedSharding(place.mesh, P("data", *place.spec)), places)
-        return (*sums[:2], jax.lax.with_sharding_constraint(sums[2], own))
+    own = jax.tree.map(lambda place: NamedSharding(place.mesh, P("data", *place.spec)), lies)
 
-    return jax.tree.map(lambda x: x.sum(axis=0), _summed(of_copies, each, apart))
+    def lying(sums: tuple[Sum, dict[str, Sum], Params]) -> tuple[Sum, dict[str, Sum], Params]:
+        return (*sums[:2], jax.lax.with_sharding_constraint(sums[2], lies if copies == 1 else own))
+
+    if copies == 1:
+        return _summed(value_and_grads, each, lying)
+    return jax.tree.map(lambda x: x.sum(axis=0), _summed(of_copies, each, lying))
 
 
 def _summed(function: Callable[[Any], Any], each: Any, lying: Callable[[Any], Any] = lambda sums: sums) -> Any:
