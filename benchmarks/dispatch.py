@@ -172,11 +172,11 @@ def watched(step: Step, calls: list[Call]) -> Step:
         nonlocal before
         done = all(value.is_ready() for value in before.values())
         began, cpu_began = time.perf_counter(), time.thread_time()
-        state, before = step.train(*args)
+        leaves, before = step.train_leaves(*args)
         calls.append(Call(began, time.perf_counter(), cpu_began, time.thread_time(), done))
-        return state, before
+        return leaves, before
 
-    return step._replace(train=call)
+    return step._replace(train_leaves=call)
 
 
 def measured(folder: Path, width: int, tokens: int, *, steps: int) -> Found:
@@ -223,7 +223,8 @@ def waits_of_a_step(folder: Path, width: int, tokens: int, *, steps: int = 50) -
     with run_of(folder, width, tokens, steps=WARM + steps) as (run, state):
         when = When(skip_first=WARM - 1, wait=0, warmup=0, active=steps)
         with Profiler(folder, when, done_steps=0, host=True, devices=True, say=lambda text: None) as profiler:
-            train(dataclasses.replace(run, step=run.step._replace(train=profiler.around(run.step.train))), state)
+            watched = run.step._replace(train_leaves=profiler.around(run.step.train_leaves))
+            train(dataclasses.replace(run, step=watched), state)
     (file,) = folder.glob("steps-*/plugins/profile/*/*.trace.json.gz")
     with gzip.open(file) as text:
         events = [event for event in json.load(text)["traceEvents"] if event.get("ph") == "X"]

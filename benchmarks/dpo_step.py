@@ -227,13 +227,12 @@ def step_bytes(work: Work, scratch: Path, method: str, shape: tuple[int, int, in
     chosen = method_of(config, model, longest_document=shape[2])
     step = step_of(config, model, mesh, lambda step: 1e-6, chosen)
     parts = assemble.abstract_parts(model)
-    state = jax.eval_shape(step.init.jitted, parts.trained)  # type: ignore[attr-defined]
+    state = jax.eval_shape(step.init, parts.trained)
     integer, number = (jax.ShapeDtypeStruct(shape, dtype) for dtype in ("int32", "float32"))
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), integer) | {"weights": number}
     if method == "TRL_DPO":
         batch |= {"branches": integer} | ({"reference": number} if work.known else {})
-    with jax.set_mesh(mesh):
-        compiled = step.train.jitted.lower(state, chosen.frozen(parts), batch).compile()  # type: ignore[attr-defined]
+    compiled = step.train_leaves.lower(jax.tree.leaves(state), chosen.frozen(parts), batch).compile()  # type: ignore[attr-defined]
     found = compiled.memory_analysis()
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(assemble.abstract_parts(model)))
     return found.argument_size_in_bytes, found.temp_size_in_bytes, weights

@@ -95,10 +95,10 @@ def compiled_step(planned: Planned) -> Found:
     config, model, mesh, method = planned.config, planned.model, planned.mesh, planned.method
     step, parts = step_of(config, model, mesh, lambda step: 1e-5, method), assemble.abstract_parts(model)
     frozen = method.frozen(parts)
-    state = placed(jax.eval_shape(step.init.jitted, parts.trained), step.shardings)  # type: ignore[attr-defined]
+    state = placed(jax.eval_shape(step.init, parts.trained), step.shardings)
     held = None if frozen is None else placed(frozen, parameter_shardings(frozen, mesh))
     batch = abstract_batch(config, model, mesh, planned.shapes)
-    return compiled(step.train.jitted, (state, held, batch), {}, mesh=mesh)  # type: ignore[attr-defined]
+    return compiled(step.train_leaves, (jax.tree.leaves(state), held, batch), {}, mesh=mesh)
 
 
 def compiled(jitted: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any], *, mesh: Mesh) -> Found:

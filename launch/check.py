@@ -81,7 +81,7 @@ def memory(config: ConfigDict, mesh: Mesh, model: Model, feed: Feed, learning_ra
     trained, frozen = parts.trained, method.frozen(parts)
     params = _bytes(trained, parameter_shardings(trained, mesh))
     kept_as_is = 0.0 if frozen is None else _bytes(frozen, parameter_shardings(frozen, mesh))
-    state = jax.eval_shape(step.init.jitted, trained)  # type: ignore[attr-defined]
+    state = jax.eval_shape(step.init, trained)
     moments = _bytes(state.opt_state, step.shardings.opt_state)
     compute = assemble.compute_of(config, model, **how)
     accumulating = config.training.gradient_accumulation_steps > 1

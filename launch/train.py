@@ -263,7 +263,7 @@ def _profiled(config: ConfigDict, step: Step, folder: Path, start: int, say: Cal
         when = When(schedule.skip_first, schedule.wait, schedule.warmup, schedule.active, schedule.repeat)
     to = Path(profiler.save_dir).expanduser() if profiler.save_dir else folder / "profiler"
     with Profiler(to, when, done_steps=start, host=host, devices=devices, say=say) as of:
-        yield step._replace(train=of.around(step.train))
+        yield step._replace(train_leaves=of.around(step.train_leaves))
 
 
 def export(folder: Path, parts: Parts, model: Model, *, mode: str) -> None:
@@ -312,7 +312,7 @@ def _resume(
         how_to_allow="pass --allow-config-change",
     ):
         log.warning("since the checkpoint: %s", line)
-    abstract = jax.eval_shape(step.init.jitted, assemble.abstract_parts(model).trained)  # type: ignore[attr-defined]
+    abstract = jax.eval_shape(step.init, assemble.abstract_parts(model).trained)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, step.shardings
     )

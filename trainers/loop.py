@@ -24,7 +24,7 @@ from trainers.losses import Sum
 from trainers.metrics import Metrics, Window
 from trainers.processes import Highest, of_all_processes
 from trainers.progress import Progress
-from trainers.step import Batch, Step, TrainState
+from trainers.step import Batch, Leaves, Step, TrainState
 from trainers.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -122,14 +122,15 @@ def train(run: Run, state: TrainState) -> TrainState:
     """
     window = Window()
     start = done = int(state.step)
+    leaves = jax.tree.leaves(state)
     losses = _Mean()
     before: _Found | None = None
     highest = Highest(run.mesh)
     with _signals() as stop:
         while done < run.schedule.steps:
-            host = _next_batch(run, state)
+            host = _next_batch(run, leaves)
             batch = device_batch(host, run.mesh, part=run.batches.part)
-            state, found = run.step.train(state, run.frozen, batch)
+            leaves, found = run.step.train_leaves(leaves, run.frozen, batch)
             done += 1
             asked = highest(stop.number)  # the same on all processes, whichever the signal reached
             _judge(run, before)
@@ -145,10 +146,10 @@ def train(run: Run, state: TrainState) -> TrainState:
             run.progress.advance(done)
             if (run.evaluation or run.judged) and _due(run, run.schedule.evaluate, done):
                 _judge(run, before)
-                _evaluate(run, state, done)
+                _evaluate(run, run.step.state(leaves), done)
             if _due(run, run.schedule.save, done) or asked:
                 _judge(run, before)
-                _save(run, state, done)
+                _save(run, run.step.state(leaves), done)
             if asked:
                 run.checkpoints.wait()
                 name = signal.Signals(asked).name
@@ -157,15 +158,15 @@ def train(run: Run, state: TrainState) -> TrainState:
     run.metrics.log(
         done, {**run.meter.summary(), "train_loss": losses.total / max(losses.steps, 1)}, epoch=_epoch(run, done)
     )
-    return state
+    return run.step.state(leaves)
 
 
-def _next_batch(run: Run, state: TrainState) -> HostBatch:
+def _next_batch(run: Run, leaves: Leaves) -> HostBatch:
     if run.sampled is None:
         with run.meter.waiting_for_data():
             host = next(run.batches)
     else:
-        host = run.sampled(state)
+        host = run.sampled(run.step.state(leaves))
     _tell_shape(run, host)
     return host
 

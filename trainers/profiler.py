@@ -55,7 +55,7 @@ class Profiler:
         self._profiles = 0
 
     def around(self, train: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-        """The step `train(state, …) -> (state, metrics)`, profiled where its turn has come."""
+        """The step `train(leaves, …) -> (leaves, metrics)`, profiled where its turn has come."""
 
         def call(*args: Any) -> tuple[Any, Any]:
             self._count += 1
@@ -63,10 +63,10 @@ class Profiler:
             if place == 0:
                 self._start(step, step + self._when.active - 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, self._found = train(*args)
+                leaves, self._found = train(*args)
             if place == self._when.active - 1:
                 self._stop()
-            return state, self._found
+            return leaves, self._found
 
         return call
 

@@ -117,9 +117,8 @@ def products(parts: Parts, lora: Lora | None) -> set[tuple[int, ...]]:
     """The shapes of all results of matrix products in the compiled step, smaller dimension first."""
     mesh = make_mesh({}, devices=jax.devices()[:1])
     step = built(parts, lora, mesh)
-    state = jax.eval_shape(step.init.jitted, parts.trained)  # type: ignore[attr-defined]
-    with jax.set_mesh(mesh):
-        text = step.train.jitted.lower(state, parts.frozen, batch()).compile().as_text()  # type: ignore[attr-defined]
+    state = jax.eval_shape(step.init, parts.trained)
+    text = step.train_leaves.lower(jax.tree.leaves(state), parts.frozen, batch()).compile().as_text()  # type: ignore[attr-defined]
     shapes = re.findall(r"= f32\[([\d,]+)\]\{[\d,]*\} dot\(", text)
     return {tuple(sorted(map(int, shape.split(",")))) for shape in shapes}
 

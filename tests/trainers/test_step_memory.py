@@ -53,10 +53,9 @@ def test_copies_keep_a_part_each_of_the_state_and_the_host_keeps_it_where_asked(
 def said(sizes: dict[str, int], *, accumulation: int) -> dict[str, Collective]:
     mesh = make_mesh(sizes)
     step, own = built(mesh), abstract_params(CONFIG, dtype=jnp.float32)
-    state = jax.eval_shape(step.init.jitted, own)
-    with jax.set_mesh(mesh):
-        host = batch(0, accumulation=accumulation, packed=False)
-        return collectives(step.train.jitted.lower(state, None, host).compile().as_text())
+    state = jax.eval_shape(step.init, own)
+    host = batch(0, accumulation=accumulation, packed=False)
+    return collectives(step.train_leaves.lower(jax.tree.leaves(state), None, host).compile().as_text())
 
 
 def test_copies_of_the_model_meet_once_a_step_however_many_microbatches_there_are():
