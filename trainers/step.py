@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -136,7 +137,8 @@ def build_step(
             loss, state.params, state.frozen(frozen), batch, key, lies=lies, copies=copies
         )
         if memory.split_state:
-            grads = jax.lax.with_sharding_constraint(grads, of_gradients)
+            lies, grads = of_gradients, jax.lax.with_sharding_constraint(grads, of_gradients)
+        grads = _row_major(grads, lies)
         count = jnp.maximum(total.count, 1.0)
         norm = global_norm(grads) / count
         ok = jnp.isfinite(total.total) & jnp.isfinite(norm) & ~state.halted
@@ -217,6 +219,19 @@ def _accumulate(
     if copies == 1:
         return _summed(value_and_grads, each, lying)
     return jax.tree.map(lambda x: x.sum(axis=0), _summed(of_copies, each, lying))
+
+
+def _row_major(grads: Params, lies: Params) -> Params:
+    """Gradients laid out as parameters and moments are. A head [D, V] has its gradient as [V, D], which XLA would not
+    turn: it would turn head and moments, and all three back again after the update. Inside of `jax.shard_map`, since
+    XLA gathers what it splits by itself.
+    """
+    specs = jax.tree.map(lambda place: place.spec, lies)
+
+    def each(grads: Params) -> Params:
+        return jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), grads)
+
+    return jax.shard_map(each, in_specs=(specs,), out_specs=specs)(grads)
 
 
 def _summed(function: Callable[[Any], Any], each: Any, lying: Callable[[Any], Any] = lambda sums: sums) -> Any:

@@ -64,9 +64,24 @@ HARMLESS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
         *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
         *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "initializer_range"),
-        *("unsloth_version", "unsloth_fixed", "is_decoder"),
+        *("unsloth_version", "unsloth_fixed", "is_decoder", "prefix", "tokenizer_class", "torchscript"),
+        *("use_bfloat16", "tf_legacy_loss"),
+        # How to generate, which older files say here; generation_config.json says it to us.
+        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
+        *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty", "bad_words_ids"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores"),
+        *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
+        *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
     }
 )
+# What older files say of every model; only another value asks for something.
+USUAL: Mapping[str, Any] = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+}
 
 
 class AsStored(str):
@@ -139,7 +154,8 @@ class Fields:
 
     def finish(self) -> None:
         """Raise if a field was neither read nor known to be harmless: it might change the model's numbers."""
-        if unread := sorted(set(self._values) - self._read - HARMLESS):
+        usual = {name for name, value in USUAL.items() if self._values.get(name) == value}
+        if unread := sorted(set(self._values) - self._read - HARMLESS - usual):
             kind = self._values.get("model_type")
             raise ValueError(
                 f"config.json has fields that the {kind!r} port does not know: {', '.join(unread)}. They could change "

@@ -265,6 +265,18 @@ def test_a_configuration_that_would_compute_something_else_is_refused(change, me
         decoder_config(plain | change)
 
 
+def test_what_older_files_say_of_every_model_is_no_reason_to_refuse_one():
+    """As Llama 3.2 Vision's text_config has it: whatever transformers 4 could say of any model, written out."""
+    plain = LlamaConfig(**TINY).to_diff_dict() | {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 1e4}}
+    usual = {"add_cross_attention": False, "is_encoder_decoder": False, "tie_encoder_decoder": False}
+    usual |= {"cross_attention_hidden_size": None, "pruned_heads": {}}
+    unused = {"torchscript": False, "use_bfloat16": False, "tf_legacy_loss": False, "prefix": None}
+    unused |= {"num_beams": 1, "temperature": 1.0, "top_k": 50, "max_length": 20, "bad_words_ids": None}
+    assert decoder_config(plain | usual | unused) == decoder_config(plain)
+    with pytest.raises(ValueError, match="does not know: pruned_heads"):
+        decoder_config(plain | usual | {"pruned_heads": {"0": [1]}})
+
+
 def test_dropout_that_a_file_asks_for_is_named_in_the_log_and_not_applied(caplog):
     plain = LlamaConfig(**TINY).to_diff_dict() | {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 1e4}}
     assert decoder_config(plain | {"attention_dropout": 0.1}) == decoder_config(plain)
