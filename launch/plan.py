@@ -124,7 +124,7 @@ def split_of(mesh: Any) -> str:
 def estimated(goal: Target) -> str:
     """That there is an estimate only, and why."""
     why = "no libtpu here: install the extra `tpu`" if goal.topology else "GPU programs cannot be compiled here"
-    return f"an estimate by formulas, up to 40 % off where it was tried ({why})"
+    return f"an estimate by formulas, up to 20 % off where it was tried ({why})"
 
 
 def verdict(needed: float, goal: Target, how: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from launch.planned_batch import Planned, planned_on
 from models.sharding import AXES, replicas
 
 REMAT = ("none", "dots", "full")
-ROOM = 0.85  # of the memory, where nothing but formulas says what is needed
+ROOM = 0.8  # of the memory, where nothing but formulas says what is needed
 FEWEST_TOKENS = 256  # of a row, that a device has along `context`
 MOST_TENSOR = 16  # devices that share a layer's matrices
 SHOWN = 8
