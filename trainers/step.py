@@ -129,7 +129,7 @@ def build_step(
         opt_state = jax.device_put(optimizer.init(params), kept) if memory.on_host else optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), bool), reference)
 
-    def train_leaves(leaves: Leaves, frozen: Any, batch: Batch) -> tuple[Leaves, dict[str, jax.Array]]:
+    def train(leaves: Leaves, frozen: Any, batch: Batch) -> tuple[Leaves, dict[str, jax.Array]]:
         state = jax.tree.unflatten(jax.tree.structure(shardings), leaves)
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
         lies = of_gradients if memory.split_gradients else param_shardings
@@ -165,7 +165,7 @@ def build_step(
     jit = partial(jax.jit, donate_argnums=0)
     return Step(
         train_leaves=jit(
-            _on(mesh, train_leaves), in_shardings=(lie, frozen_shardings, batches), out_shardings=(lie, everywhere)
+            _on(mesh, train), in_shardings=(lie, frozen_shardings, batches), out_shardings=(lie, everywhere)
         ),
         evaluate=jax.jit(
             _on(mesh, evaluate), in_shardings=(param_shardings, frozen_shardings, batches), out_shardings=everywhere
