@@ -48,7 +48,8 @@ class Profiler:
         self._before, self._count = done_steps, 0
         self._options = jax.profiler.ProfileOptions()
         self._options.host_tracer_level = 2 if host else 1  # 1: the steps' marks
-        self._options.device_tracer_level = int(devices)
+        if hasattr(self._options, "device_tracer_level"):  # jax 0.12 always traces devices too
+            self._options.device_tracer_level = int(devices)
         self._options.python_tracer_level = 0  # every call of Python would slow the host by far more than it tells
         self._writes: Path | None = None
         self._found: Any = None
