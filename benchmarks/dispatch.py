@@ -222,9 +222,9 @@ def waits_of_a_step(folder: Path, width: int, tokens: int, *, steps: int = 50) -
     """How often the thread that starts the steps fetched something from a device, a step, by a profile of the loop."""
     with run_of(folder, width, tokens, steps=WARM + steps) as (run, state):
         when = When(skip_first=WARM - 1, wait=0, warmup=0, active=steps)
-        with Profiler(folder, when, done_steps=0, host=True, devices=True, say=lambda text: None) as profiler:
-            watched = run.step._replace(train_leaves=profiler.around(run.step.train_leaves))
-            train(dataclasses.replace(run, step=watched), state)
+        with Profiler(folder, when, done_steps=0, host=True, say=lambda text: None) as profiler:
+            profiled = run.step._replace(train_leaves=profiler.around(run.step.train_leaves))
+            train(dataclasses.replace(run, step=profiled), state)
     (file,) = folder.glob("steps-*/plugins/profile/*/*.trace.json.gz")
     with gzip.open(file) as text:
         events = [event for event in json.load(text)["traceEvents"] if event.get("ph") == "X"]

@@ -262,7 +262,7 @@ def _profiled(config: ConfigDict, step: Step, folder: Path, start: int, say: Cal
     if schedule.enable_schedule:
         when = When(schedule.skip_first, schedule.wait, schedule.warmup, schedule.active, schedule.repeat)
     to = Path(profiler.save_dir).expanduser() if profiler.save_dir else folder / "profiler"
-    with Profiler(to, when, done_steps=start, host=host, devices=devices, say=say) as of:
+    with Profiler(to, when, done_steps=start, host=host, say=say) as of:
         yield step._replace(train_leaves=of.around(step.train_leaves))
 
 

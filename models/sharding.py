@@ -91,7 +91,7 @@ def anywhere(yes: jax.Array) -> jax.Array:
 
 
 def cooperating() -> int:
-    """How many devices of the mesh of `jax.set_mesh` compute together: all, but for those along `each_apart`'s axis."""
+    """How many devices of the current mesh compute together: all, but for those along `each_apart`'s axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size // mesh.shape.get(_APART.get(), 1)
 
@@ -191,8 +191,8 @@ def replicas(mesh: Mesh | AbstractMesh) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Ask XLA to keep `x` split over these mesh axes, one entry for each dimension; nothing outside of
-    `jax.set_mesh`.
+    """Ask XLA to keep `x` split over these mesh axes, one entry for each dimension; nothing where there is
+    no current mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -213,9 +213,7 @@ def looked_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Arra
 
 
 def dividing_spec(shape: Sequence[int], *axes: str | tuple[str, ...] | None) -> P:
-    """How an array of this shape is split over these axes of the mesh of `jax.set_mesh`, one entry for each
-    dimension.
-    """
+    """How an array of this shape is split over these axes of the current mesh, one entry for each dimension."""
     apart = _APART.get()
     axes = tuple(
         (None if axis == apart else axis)

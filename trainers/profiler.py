@@ -30,8 +30,8 @@ class When(NamedTuple):
 
 
 class Profiler:
-    """Profiles steps of `around(train)`. `done_steps`: of the optimizer, before this process began; `host`, `devices`:
-    which of both is looked at closely; `say`: told of each file. Each process profiles itself, in `folder`.
+    """Profiles steps of `around(train)`. `done_steps`: of the optimizer, before this process began; `host`: whether
+    it is looked at closely, as devices always are; `say`: told of each file. Each process profiles itself, in `folder`.
     """
 
     def __init__(
@@ -41,15 +41,12 @@ class Profiler:
         *,
         done_steps: int,
         host: bool,
-        devices: bool,
         say: Callable[[str], None],
     ):
         self._folder, self._when, self._say = folder, when, say
         self._before, self._count = done_steps, 0
         self._options = jax.profiler.ProfileOptions()
         self._options.host_tracer_level = 2 if host else 1  # 1: the steps' marks
-        if hasattr(self._options, "device_tracer_level"):  # jax 0.12 always traces devices too
-            self._options.device_tracer_level = int(devices)
         self._options.python_tracer_level = 0  # every call of Python would slow the host by far more than it tells
         self._writes: Path | None = None
         self._found: Any = None

@@ -121,6 +121,7 @@ def build_step(
         halted=everywhere,
         reference=param_shardings if sync else None,
     )
+    lie, structure = jax.tree.flatten(shardings)
     batches = batch_sharding(mesh)
     frozen_shardings = parameter_shardings(frozen, mesh) if frozen is not None else None
 
@@ -130,15 +131,13 @@ def build_step(
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), bool), reference)
 
     def train(leaves: Leaves, frozen: Any, batch: Batch) -> tuple[Leaves, dict[str, jax.Array]]:
-        state = jax.tree.unflatten(jax.tree.structure(shardings), leaves)
+        state = jax.tree.unflatten(structure, leaves)
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
         lies = of_gradients if memory.split_gradients else param_shardings
         total, others, grads = _accumulate(
             loss, state.params, state.frozen(frozen), batch, key, lies=lies, copies=copies
         )
-        if memory.split_state:
-            lies, grads = of_gradients, jax.lax.with_sharding_constraint(grads, of_gradients)
-        grads = _row_major(grads, lies)
+        grads = _row_major(grads, of_gradients)
         count = jnp.maximum(total.count, 1.0)
         norm = global_norm(grads) / count
         ok = jnp.isfinite(total.total) & jnp.isfinite(norm) & ~state.halted
@@ -161,7 +160,6 @@ def build_step(
 
         return _summed(sums, batch)
 
-    lie = jax.tree.leaves(shardings)
     jit = partial(jax.jit, donate_argnums=0)
     return Step(
         train_leaves=jit(
@@ -222,9 +220,9 @@ def _accumulate(
 
 
 def _row_major(grads: Params, lies: Params) -> Params:
-    """Gradients laid out as parameters and moments are. A head [D, V] has its gradient as [V, D], which XLA would not
-    turn: it would turn head and moments, and all three back again after the update. Inside of `jax.shard_map`, since
-    XLA gathers what it splits by itself.
+    """Gradients where they are to lie, laid out as parameters and moments are. A head [D, V] has its gradient as
+    [V, D], which XLA would not turn: it would turn head and moments, and all three back again after the update. Inside
+    of `jax.shard_map`, since XLA gathers what it splits by itself.
     """
     specs = jax.tree.map(lambda place: place.spec, lies)
 
@@ -252,7 +250,7 @@ def _only(each: Any) -> Any:
 
 
 def _on(mesh: Mesh, function: Callable) -> Callable:
-    """The function, traced under the mesh, which `models.sharding.constrain` reads."""
+    """The function, traced with the mesh as the current one, which `models.sharding.constrain` reads."""
 
     @wraps(function)
     def traced(*args: Any) -> Any:

@@ -31,7 +31,7 @@ def profiled(folder: Path, when: When, *, steps: int, done_steps: int = 0) -> li
     """What a run of so many steps says."""
     said: list[str] = []
     state = jnp.ones((64, 64))
-    with Profiler(folder, when, done_steps=done_steps, host=True, devices=True, say=said.append) as profiler:
+    with Profiler(folder, when, done_steps=done_steps, host=True, say=said.append) as profiler:
         step = profiler.around(train)
         for _ in range(steps):
             state, _ = step(state)
@@ -101,7 +101,7 @@ def test_a_run_too_short_for_its_schedule_says_so(tmp_path):
 
 def test_an_error_ends_the_profile_and_another_can_begin(tmp_path):
     said: list[str] = []
-    with Profiler(tmp_path, When(0, 0, 0, 9), done_steps=0, host=True, devices=True, say=said.append) as profiler:
+    with Profiler(tmp_path, When(0, 0, 0, 9), done_steps=0, host=True, say=said.append) as profiler:
         step = profiler.around(train)
         step(jnp.ones((8, 8)))
         with pytest.raises(TypeError):
